@@ -1,0 +1,123 @@
+"""The seam between the daemon and whatever stores the index.
+
+The contract, which one conformance suite holds every backend to:
+
+* A record is the residency of one block on one worker at one tier. Its identity is (scope, block hash, group, worker,
+  tier). The parent, index and token count of a key describe the block and are not part of its identity.
+* `apply` is all or nothing, with its cursors: after an error, or a crash at any moment, either every operation and every
+  cursor of the call is there or none is. Operations take effect in order.
+* A store of a record that exists adds a copy (`ref_count`), or only refreshes it when the run says not to count. What a run
+  does not know (its parent, its index) never overwrites what the record knows. A removal takes one copy; the record
+  leaves with its last one.
+* The place of a run in its chain comes from the worker's own record of the parent: same group, own tier first, then the
+  fastest tier. No such record: the index is unknown, which is not 0.
+* `clear_worker` and ClearBlocks are visible at once, whatever the size; space may be reclaimed later by `reclaim`.
+* `len` and `metrics` do not walk the index.
+* One thread calls the methods that write (`apply`, `put`, `remove_block`, `clear*`, `reclaim`, `close`). Any thread may
+  read at any time, and sees the state between two calls, never a half-applied one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from .model import (
+    ApplyResult,
+    CacheResidency,
+    Cursor,
+    Holding,
+    IdentityScope,
+    IndexMetrics,
+    KvBlockKey,
+    Operation,
+    WorkerMatch,
+)
+
+
+class IndexBackend(ABC):
+    """An index of residencies. See the module for the contract; errors are those of `backends.errors`."""
+
+    @abstractmethod
+    def name(self) -> str:
+        """The stable name used in reports: memory, lmdb, …"""
+
+    @abstractmethod
+    def persistent(self) -> bool:
+        """Whether the index survives a restart of the process."""
+
+    @abstractmethod
+    def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
+        """Apply operations in order and store the cursors, atomically."""
+
+    @abstractmethod
+    def cursors(self) -> dict[str, Cursor]:
+        """Every stored cursor by its stream's name."""
+
+    @abstractmethod
+    def forget_stream(self, stream: str) -> None:
+        """Drop the cursor of a stream that is no longer configured."""
+
+    @abstractmethod
+    def put(self, residency: CacheResidency) -> None:
+        """Insert the record or replace the one of the same identity."""
+
+    @abstractmethod
+    def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
+        """Remove the worker's records of a block in `scope`, over tiers and groups. Returns how many; 0 the second time."""
+
+    @abstractmethod
+    def clear_worker(self, worker_id: str) -> int:
+        """Drop all that one worker holds. Returns the number of records."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Drop every record. Cursors stay."""
+
+    @abstractmethod
+    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
+        """Every residency of one exact block (scope, hash, group), over workers and tiers."""
+
+    @abstractmethod
+    def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
+        """Every residency under a block hash, in one scope or in all."""
+
+    @abstractmethod
+    def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
+        """The residencies in `scope` whose parent is `prefix_hash`: the children of a block, or of `ROOT`."""
+
+    @abstractmethod
+    def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
+        """For each worker and tier that holds any of it, how many of these consecutive blocks it could serve."""
+
+    @abstractmethod
+    def holdings(self) -> list[Holding]:
+        """What each worker holds by tier and group. Costs O(workers), not O(blocks)."""
+
+    @abstractmethod
+    def snapshot(self) -> Iterator[CacheResidency]:
+        """Every record as of one moment, in no order. Close the iterator if it is not exhausted."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of records."""
+
+    def is_empty(self) -> bool:
+        """Whether there is no record."""
+        return len(self) == 0
+
+    @abstractmethod
+    def metrics(self) -> IndexMetrics:
+        """Comparable figures, O(1)."""
+
+    @abstractmethod
+    def stored_bytes(self) -> int:
+        """Bytes that the store occupies on disk; 0 when it has no file."""
+
+    @abstractmethod
+    def reclaim(self, rows: int) -> bool:
+        """Free space of cleared workers, looking at no more than `rows` rows. True while there is more to do."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush and release everything. The backend is not used afterwards."""

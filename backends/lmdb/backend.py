@@ -1,0 +1,183 @@
+"""The LMDB backend: one write transaction a call, made by one thread; reads are left to `LmdbReader`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import lmdb
+import msgspec
+
+from ..errors import BackendError, BackendFull
+from ..interface import IndexBackend
+from ..model import (
+    ApplyResult,
+    CacheResidency,
+    ClearBlocks,
+    Cursor,
+    Holding,
+    IdentityScope,
+    IndexMetrics,
+    KvBlockKey,
+    Operation,
+    WorkerMatch,
+)
+from .batch import Batch
+from .catalog import WriterCatalog
+from .files import (
+    INDEX_FILE,
+    MAP_SIZE,
+    Durability,
+    Owner,
+    discard_if_machine_crashed,
+    note_writer,
+    open_writer,
+    remove_stale_snapshots,
+)
+from .reader import LmdbReader
+from .sweep import sweep
+
+T = TypeVar("T")
+
+_encode = msgspec.msgpack.encode
+
+
+class LmdbBackend(IndexBackend):
+    """An index in `directory`, which this process owns until `close`."""
+
+    def __init__(
+        self, directory: Path, *, durability: Durability = Durability.PROCESS, map_size: int = MAP_SIZE
+    ) -> None:
+        """Open or create. `map_size` in bytes is the limit of the file.
+
+        Raises BackendBusy, BackendFormat, BackendCorrupt or BackendError; there is no falling back to anything.
+        """
+        self._directory = directory
+        self._durability = durability
+        self._owner = Owner(directory)
+        try:
+            self.discarded_after_crash = discard_if_machine_crashed(directory)
+            remove_stale_snapshots(directory)
+            note_writer(directory, durability, clean=False)
+            self._env, self._tables = open_writer(directory, durability, map_size)
+            self._env.reader_check()
+            self._reader = LmdbReader(self._env, self._tables)
+            self._catalog = self._load_catalog()
+        except BaseException:
+            self._owner.release()
+            raise
+        self._puts = self._removes = self._bytes_written = 0
+
+    def _load_catalog(self) -> WriterCatalog:
+        with self._env.begin() as txn:
+            return WriterCatalog(txn, self._tables)
+
+    def name(self) -> str:
+        return "lmdb"
+
+    def persistent(self) -> bool:
+        return True
+
+    def _write(self, change: Callable[[lmdb.Transaction, Batch], T]) -> T:
+        """Run one change in one transaction. On an error nothing of it is kept, here or in the file."""
+        try:
+            with self._env.begin(write=True) as txn:
+                batch = Batch(txn, self._tables, self._catalog)
+                outcome = change(txn, batch)
+                batch.finish()
+        except BaseException as error:
+            self._catalog = self._load_catalog()
+            if isinstance(error, lmdb.MapFullError):
+                raise BackendFull(f"{self._directory}: the index has reached its map size") from error
+            if isinstance(error, lmdb.DiskError):
+                raise BackendFull(f"{self._directory}: cannot write the index: {error}") from error
+            if isinstance(error, lmdb.Error):
+                raise BackendError(f"{self._directory}: {error}") from error
+            raise
+        result = batch.result
+        self._puts += result.stored + result.copies_added + result.refreshed
+        self._removes += result.copies_removed
+        self._bytes_written += batch.bytes_written
+        return outcome
+
+    def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
+        def change(txn: lmdb.Transaction, batch: Batch) -> ApplyResult:
+            batch.run(operations)
+            for cursor in cursors:
+                txn.put(cursor.stream.encode(), _encode(cursor), db=self._tables.streams)
+            return batch.result
+
+        return self._write(change)
+
+    def forget_stream(self, stream: str) -> None:
+        self._write(lambda txn, batch: txn.delete(stream.encode(), db=self._tables.streams))
+
+    def put(self, residency: CacheResidency) -> None:
+        self._write(lambda txn, batch: batch.put(residency))
+        self._puts += 1
+
+    def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
+        removed = self._write(lambda txn, batch: batch.remove_scoped(scope, worker_id, block_hash))
+        self._removes += removed
+        return removed
+
+    def clear_worker(self, worker_id: str) -> int:
+        return self.apply([ClearBlocks(worker_id)]).cleared
+
+    def clear(self) -> None:
+        def change(txn: lmdb.Transaction, batch: Batch) -> None:
+            for worker_id in {holding.worker_id for holding in self.holdings()}:
+                batch.clear(ClearBlocks(worker_id))
+            for table in (self._tables.blocks, self._tables.dead):
+                txn.drop(table, delete=False)
+
+        self._write(change)
+
+    def reclaim(self, rows: int) -> bool:
+        if not self._has_dead():
+            return False
+        return self._write(lambda txn, batch: sweep(txn, self._tables, batch, rows))
+
+    def _has_dead(self) -> bool:
+        with self._env.begin() as txn:
+            return bool(txn.stat(self._tables.dead)["entries"])
+
+    def cursors(self) -> dict[str, Cursor]:
+        return self._reader.cursors()
+
+    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
+        return [one for one in self.find(key.block_hash, key.scope) if one.key.group == key.group]
+
+    def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
+        return self._reader.find(block_hash, scope)
+
+    def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
+        return self._reader.prefix_scan(scope, prefix_hash)
+
+    def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
+        return self._reader.match(scope, block_hashes)
+
+    def holdings(self) -> list[Holding]:
+        return self._reader.holdings()
+
+    def snapshot(self) -> Iterator[CacheResidency]:
+        return self._reader.snapshot(self._directory)
+
+    def __len__(self) -> int:
+        return self._catalog.totals()[0]
+
+    def metrics(self) -> IndexMetrics:
+        records, size = self._catalog.totals()
+        return IndexMetrics(
+            records, size, self._puts, self._removes, self._reader.prefix_scans, self._bytes_written
+        )
+
+    def stored_bytes(self) -> int:
+        return (self._directory / INDEX_FILE).stat().st_blocks * 512
+
+    def close(self) -> None:
+        self._env.sync(True)
+        self._env.close()
+        note_writer(self._directory, self._durability, clean=True)
+        self._owner.release()

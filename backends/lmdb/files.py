@@ -1,0 +1,183 @@
+"""The data directory: who owns it, what the machine was when it was written, and opening the LMDB file in it.
+
+    index.mdb, index.mdb-lock   the index               owner.lock   held by the one process that writes
+    boot.json                   how the last writer ran  snapshot-*   copies that a snapshot is being read from
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+import lmdb
+import msgspec
+
+from ..errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
+from .catalog import Tables, number_of
+from .rows import SCHEMA
+
+INDEX_FILE = "index.mdb"
+MAP_SIZE = 1 << 40
+"""Address space that every opener of the file reserves, in bytes; no memory and no disk. LMDB cannot grow past it."""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_SCHEMA_KEY = b"schema"
+_MAX_READERS = 512
+
+
+class Durability(StrEnum):
+    """What a commit survives. `process`: kill -9. `consistent`: also a machine crash, less the last commits. `full`: all."""
+
+    PROCESS = "process"
+    CONSISTENT = "consistent"
+    FULL = "full"
+
+
+class _Boot(msgspec.Struct):
+    boot_id: str
+    durability: Durability
+    clean: bool
+
+
+class Owner:
+    """The right to write a data directory, held until `release`."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises BackendBusy when another process holds it, BackendError when the directory cannot be used."""
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._file = os.open(directory / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BackendError(f"data directory {directory}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._file)
+            raise BackendBusy(f"data directory {directory} is in use by process {owner}") from error
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give the directory up."""
+        os.close(self._file)
+
+
+def boot_id() -> str:
+    """What the kernel calls this boot of the machine."""
+    return _BOOT_ID.read_text().strip()
+
+
+def discard_if_machine_crashed(directory: Path) -> bool:
+    """Delete an index that an unsynced writer left when the machine went down. Returns whether it did.
+
+    Without syncing, a machine crash may leave the file corrupt. The HBM and DRAM that it describes died with the machine.
+    """
+    try:
+        boot = msgspec.json.decode((directory / "boot.json").read_bytes(), type=_Boot)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return False
+    if boot.clean or boot.durability is not Durability.PROCESS or boot.boot_id == boot_id():
+        return False
+    for name in (INDEX_FILE, f"{INDEX_FILE}-lock"):
+        (directory / name).unlink(missing_ok=True)
+    return True
+
+
+def note_writer(directory: Path, durability: Durability, clean: bool) -> None:
+    """Record how the index is being written, durably and before it is."""
+    path = directory / "boot.json"
+    draft = path.with_suffix(".tmp")
+    with draft.open("wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(msgspec.json.encode(_Boot(boot_id(), durability, clean)))
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def remove_stale_snapshots(directory: Path) -> None:
+    """Remove copies that a killed process left."""
+    for path in directory.glob("snapshot-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError) as error:
+        raise BackendCorrupt(f"{path} is damaged ({error}); move it aside and start again to rebuild it") from error
+    except lmdb.VersionMismatchError as error:
+        raise BackendFormat(f"{path} was written by another version of LMDB ({error})") from error
+    except lmdb.Error as error:
+        raise BackendError(f"{path}: {error}") from error
+
+
+def open_writer(directory: Path, durability: Durability, map_size: int) -> tuple[lmdb.Environment, Tables]:
+    """Open or create the index for writing. Raises BackendFormat for a schema that is not ours, BackendCorrupt, BackendError."""
+    path = directory / INDEX_FILE
+    with _named_errors(path):
+        env = lmdb.open(
+            str(path),
+            subdir=False,
+            map_size=map_size,
+            max_dbs=len(Tables._fields),
+            mode=0o600,
+            max_readers=_MAX_READERS,
+            max_spare_txns=4,
+            sync=durability is not Durability.PROCESS,
+            metasync=durability is Durability.FULL,
+        )
+        try:
+            is_new = env.stat()["entries"] == 0
+            if not is_new:
+                _check_schema(env, path)
+            tables = Tables(*(env.open_db(name.encode()) for name in Tables._fields))
+            if is_new:
+                with env.begin(write=True) as txn:
+                    txn.put(_SCHEMA_KEY, SCHEMA.to_bytes(4, "big"), db=tables.meta)
+        except BaseException:
+            env.close()
+            raise
+    return env, tables
+
+
+def open_reader(path: Path, *, lock: bool = True) -> tuple[lmdb.Environment, Tables]:
+    """Open an index that another process may be writing. Raises BackendFormat, BackendCorrupt, BackendError."""
+    if not path.exists():
+        raise BackendError(f"{path}: there is no index here")
+    with _named_errors(path):
+        env = lmdb.open(
+            str(path),
+            subdir=False,
+            readonly=True,
+            lock=lock,
+            map_size=MAP_SIZE,
+            max_dbs=len(Tables._fields),
+            max_readers=_MAX_READERS,
+        )
+        try:
+            if lock and "no reader locks" in env.readers():
+                raise BackendError(f"{path}: the mount is read-only, so LMDB cannot lock and would read wrong data")
+            _check_schema(env, path)
+            return env, Tables(*(env.open_db(name.encode(), create=False) for name in Tables._fields))
+        except BaseException:
+            env.close()
+            raise
+
+
+def _check_schema(env: lmdb.Environment, path: Path) -> None:
+    try:
+        meta = env.open_db(b"meta", create=False)
+    except lmdb.NotFoundError as error:
+        raise BackendFormat(f"{path} is an LMDB file, but not an index of kvcensus") from error
+    with env.begin() as txn:
+        schema = number_of(txn, meta, _SCHEMA_KEY)
+    if schema != SCHEMA:
+        raise BackendFormat(f"{path} has schema {schema}, this version knows schema {SCHEMA}; it was left as it is")

@@ -1,0 +1,205 @@
+"""Questions to the index, each answered in one short read transaction. Works from any thread, and from other processes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import lmdb
+import msgspec
+
+from ..errors import BackendError
+from ..matching import Held, longest_step, worker_matches
+from ..model import (
+    CacheResidency,
+    Cursor,
+    GroupSpec,
+    Holding,
+    IdentityScope,
+    KvBlockKey,
+    WorkerMatch,
+)
+from .catalog import PlaceCache, ScopeNames, Tables
+from .files import INDEX_FILE, open_reader
+from .rows import COUNT, PLACE, Entry, PlaceRow, holders, link_prefix, row_key, unpack_row
+
+_MATCH_CHUNK = 64
+"""Hashes looked up at a time in `match`: most chains end or fit within it."""
+
+_decode_cursor = msgspec.msgpack.Decoder(Cursor).decode
+
+
+class LmdbReader:
+    """Reads an index. `close` it, unless the environment belongs to a backend."""
+
+    def __init__(self, env: lmdb.Environment, tables: Tables) -> None:
+        self._env = env
+        self._tables = tables
+        self._places = PlaceCache(tables)
+        self._scopes = ScopeNames(tables.scopes)
+        self.prefix_scans = 0
+
+    @classmethod
+    def open(cls, directory: Path) -> LmdbReader:
+        """Open the index in a daemon's data directory. Raises BackendFormat, BackendCorrupt, BackendError."""
+        return cls(*open_reader(directory / INDEX_FILE))
+
+    def close(self) -> None:
+        """Release the environment."""
+        self._env.close()
+
+    def cursors(self) -> dict[str, Cursor]:
+        with self._env.begin() as txn:
+            return {key.decode(): _decode_cursor(value) for key, value in txn.cursor(self._tables.streams)}
+
+    def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
+        with self._env.begin() as txn:
+            places = self._places.places(txn)
+            row = txn.get(row_key(block_hash), db=self._tables.blocks)
+            if row is None:
+                return []
+            found = (self._residency(txn, places, block_hash, entry) for entry in unpack_row(row)[1])
+            return [one for one in found if one is not None and (scope is None or one.key.scope == scope)]
+
+    def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
+        self.prefix_scans += 1
+        blocks = self._tables.blocks
+        with self._env.begin() as txn:
+            number = self._scopes.number(txn, scope)
+            if number is None:
+                return []
+            places = self._places.places(txn)
+            found = []
+            children = sorted(self._children(txn, prefix_hash))
+            for key, row in txn.cursor(blocks).getmulti([row_key(child) for child in children]):
+                for entry in unpack_row(row)[1]:
+                    if entry.scope == number and entry.parent == prefix_hash:
+                        one = self._residency(txn, places, key[1:-1], entry)
+                        if one is not None:
+                            found.append(one)
+            return found
+
+    def _children(self, txn: lmdb.Transaction, parent: bytes) -> set[bytes]:
+        children = set()
+        row = txn.get(row_key(parent), db=self._tables.blocks) if parent else None
+        if row is not None and row[0]:
+            children.add(row[1 : 1 + row[0]])
+        prefix = link_prefix(parent)
+        cursor = txn.cursor(self._tables.blocks)
+        if cursor.set_range(prefix):
+            for key in cursor.iternext(values=False):
+                if not key.startswith(prefix):
+                    break
+                children.add(key[len(prefix) :])
+        return children
+
+    def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
+        with self._env.begin() as txn:
+            places = self._places.places(txn)
+            specs = _specs(places)
+            number = None
+            if scope is not None:
+                number = self._scopes.number(txn, scope)
+                if number is None:
+                    return []
+            masks = self._masks(txn, places, number, block_hashes, longest_step(specs.values()))
+        held = [
+            Held(row.worker_id, row.rank, row.tier, row.group, mask)
+            for place, mask in masks.items()
+            if (row := places.get(place)) is not None
+        ]
+        return worker_matches(held, specs)
+
+    def _masks(
+        self,
+        txn: lmdb.Transaction,
+        places: dict[int, PlaceRow],
+        scope: int | None,
+        block_hashes: Sequence[bytes],
+        patience: int,
+    ) -> dict[int, int]:
+        """Which of the hashes each place holds, as bits. Stops at a chunk whose end nobody holds."""
+        cursor = txn.cursor(self._tables.blocks)
+        masks: dict[int, int] = {}
+        for start in range(0, len(block_hashes), _MATCH_CHUNK):
+            keys = [row_key(block_hash) for block_hash in block_hashes[start : start + _MATCH_CHUNK]]
+            rows = dict(cursor.getmulti(keys))
+            last_held = -1
+            for at, key in enumerate(keys):
+                row = rows.get(key)
+                if row is None:
+                    continue
+                bit = 1 << (start + at)
+                for place, holder_scope in holders(row):
+                    if (scope is None or holder_scope == scope) and place in places:
+                        masks[place] = masks.get(place, 0) | bit
+                        last_held = at
+            if last_held < len(keys) - patience:
+                break
+        return masks
+
+    def holdings(self) -> list[Holding]:
+        with self._env.begin() as txn:
+            counts = {PLACE.unpack(key)[0]: COUNT.unpack(value) for key, value in txn.cursor(self._tables.counts)}
+            return [
+                Holding(row.worker_id, row.rank, row.tier, row.group, row.spec, *counts.get(number, (0, 0)))
+                for number, row in self._places.places(txn).items()
+            ]
+
+    def snapshot(self, directory: Path) -> Iterator[CacheResidency]:
+        """Every record as of now, read from a compacted copy under `directory`, so that no transaction stays open.
+
+        The copy takes as much disk as the live index. Raises BackendError when there is no room for it.
+        """
+        with tempfile.TemporaryDirectory(prefix="snapshot-", dir=directory) as copy:
+            path = Path(copy, INDEX_FILE)
+            try:
+                file = path.open("wb")
+                with file:
+                    self._env.copyfd(file.fileno(), compact=True)
+            except (lmdb.Error, OSError) as error:
+                raise BackendError(f"no snapshot: cannot copy the index to {copy}: {error}") from error
+            env, tables = open_reader(path, lock=False)
+            try:
+                yield from LmdbReader(env, tables)._records()
+            finally:
+                env.close()
+
+    def _records(self) -> Iterator[CacheResidency]:
+        with self._env.begin() as txn:
+            places = self._places.places(txn)
+            for key, row in txn.cursor(self._tables.blocks):
+                if len(key) == 2 + key[0] and row:
+                    for entry in unpack_row(row)[1]:
+                        one = self._residency(txn, places, key[1:-1], entry)
+                        if one is not None:
+                            yield one
+
+    def _residency(
+        self, txn: lmdb.Transaction, places: dict[int, PlaceRow], block_hash: bytes, entry: Entry
+    ) -> CacheResidency | None:
+        place = places.get(entry.place)
+        if place is None:
+            return None
+        key = KvBlockKey.within(
+            self._scopes.scope(txn, entry.scope),
+            block_hash,
+            prefix_hash=entry.parent,
+            block_index=None if entry.index < 0 else entry.index,
+            token_count=entry.tokens,
+            group=place.group,
+        )
+        return CacheResidency(
+            key, place.worker_id, place.tier, entry.bytes, entry.at_ms, entry.copies, entry.pinned, place.rank
+        )
+
+
+def _specs(places: dict[int, PlaceRow]) -> dict[tuple[str, int], GroupSpec]:
+    specs: dict[tuple[str, int], GroupSpec] = {}
+    unknown = GroupSpec()
+    for place in places.values():
+        at = (place.worker_id, place.group)
+        if place.spec != unknown or at not in specs:
+            specs[at] = place.spec
+    return specs

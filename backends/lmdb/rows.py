@@ -1,0 +1,126 @@
+"""How the index lies in the LMDB file.
+
+One B-tree (`blocks`) has all that is per block. A key starts with the length of a hash and the hash, so everything about
+one block is on one leaf page:
+
+    len | block hash | 00                  row of a block: its holders
+    len | parent hash | 01 | child hash    link from a parent to a child, no value
+    00 | 01 | child hash                   link from the root to the start of a chain
+
+    row    := child_len (1) child  entry*
+    entry  := place (4) scope (4) copies (4) index (4, signed, -1 unknown) tokens (4) last access ms (8) bytes (8)
+              flags (1) parent_len (1) parent
+
+All integers are big-endian. `child` is the next block of the run that created the row: a link that costs no key of its own.
+A reader checks a child found by either link against the child's own row, so a link may outlive what it points to.
+
+`place` numbers a (worker, tier, group). Clearing a worker gives its places new numbers: entries under the old ones are dead
+from that commit on and are swept later. Numbers are never used twice. The small tables beside `blocks`:
+
+    places   place (4)  -> msgpack PlaceRow         counts   place (4) -> records (8) bytes (8)
+    scopes   scope (4)  -> msgpack IdentityScope     dead     place (4) -> nothing
+    streams  name       -> msgpack Cursor            meta     schema, numbers, versions, sweep position
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import NamedTuple
+
+import msgspec
+
+from ..model import CacheTier, GroupSpec
+
+SCHEMA = 1
+"""Version of everything above. A file of another version is refused."""
+
+ROW = b"\x00"
+LINK = b"\x01"
+ROOT_LINK = b"\x00\x01"
+
+ENTRY = Struct(">IIIiIQQBB")
+ENTRY_SIZE = ENTRY.size
+PARENT_LEN_AT = ENTRY_SIZE - 1
+HOLDER = Struct(">II")
+PLACE = Struct(">I")
+COUNT = Struct(">QQ")
+
+PINNED = 1
+PARENT_KNOWN = 2
+
+
+class PlaceRow(msgspec.Struct, frozen=True, array_like=True):
+    """A (worker, tier, group) that holds blocks."""
+
+    worker_id: str
+    rank: int | None
+    tier: CacheTier
+    group: int
+    spec: GroupSpec
+
+
+class Entry(NamedTuple):
+    """One residency inside a row."""
+
+    place: int
+    scope: int
+    copies: int
+    index: int
+    tokens: int
+    at_ms: int
+    bytes: int
+    pinned: bool
+    parent: bytes | None
+
+
+def row_key(block_hash: bytes) -> bytes:
+    """The key of a block's row."""
+    return b"%c%b\x00" % (len(block_hash), block_hash)
+
+
+def link_prefix(parent: bytes) -> bytes:
+    """What the keys of all links from a parent start with; `ROOT` gives the starts of chains."""
+    return b"%c%b\x01" % (len(parent), parent)
+
+
+def link_key(parent: bytes, child: bytes) -> bytes:
+    """The key of the link from a parent to a child."""
+    return b"%c%b\x01%b" % (len(parent), parent, child)
+
+
+def pack_entry(entry: Entry) -> bytes:
+    """An entry as bytes."""
+    parent = entry.parent
+    flags = (PINNED if entry.pinned else 0) | (0 if parent is None else PARENT_KNOWN)
+    return ENTRY.pack(*entry[:7], flags, len(parent or b"")) + (parent or b"")
+
+
+def pack_row(child: bytes, entries: list[Entry]) -> bytes:
+    """A row as bytes."""
+    return b"".join((bytes((len(child),)), child, *map(pack_entry, entries)))
+
+
+def unpack_row(row: bytes) -> tuple[bytes, list[Entry]]:
+    """The inline child (b"" for none) and the entries of a row."""
+    at = 1 + row[0]
+    child = row[1:at]
+    entries = []
+    end = len(row)
+    while at < end:
+        *numbers, flags, parent_len = ENTRY.unpack_from(row, at)
+        at += ENTRY_SIZE
+        parent = row[at : at + parent_len] if flags & PARENT_KNOWN else None
+        entries.append(Entry(*numbers, bool(flags & PINNED), parent))
+        at += parent_len
+    return child, entries
+
+
+def holders(row: bytes) -> list[tuple[int, int]]:
+    """The (place, scope) of each entry of a row: all that `match` needs."""
+    at = 1 + row[0]
+    end = len(row)
+    found = []
+    while at < end:
+        found.append(HOLDER.unpack_from(row, at))
+        at += ENTRY_SIZE + row[at + PARENT_LEN_AT]
+    return found

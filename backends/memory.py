@@ -1,0 +1,511 @@
+"""The index in this process's memory: the fastest, and gone with the process.
+
+Each (worker, tier, group) is a place with a dictionary from block hash to what is known of it. A block seen once shares
+the object of the run that stored it with the other blocks of that run, so a run of 64 new blocks costs two dictionary
+updates and no object per block. A block touched again gets records of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+import msgspec
+
+from .interface import IndexBackend
+from .matching import Held, longest_step, worker_matches
+from .model import (
+    ROOT,
+    TIER_NUMBER,
+    ApplyResult,
+    CacheResidency,
+    CacheTier,
+    ClearBlocks,
+    Cursor,
+    GroupSpec,
+    Holding,
+    IdentityScope,
+    IndexMetrics,
+    KvBlockKey,
+    Operation,
+    RemoveBlocks,
+    StoreRun,
+    WorkerMatch,
+)
+
+
+class _Record(NamedTuple):
+    scope: IdentityScope
+    parent: bytes | None
+    index: int | None
+    token_count: int
+    ref_count: int
+    at_ms: int
+    bytes: int
+    pinned: bool
+
+
+class _Run(msgspec.Struct, frozen=True, gc=False):
+    """What the blocks of one store have in common, as long as each was stored once."""
+
+    scope: IdentityScope
+    hashes: tuple[bytes, ...]
+    parent: bytes | None
+    base: int | None
+    token_count: int
+    at_ms: int
+    bytes: int
+
+    def record(self, block_hash: bytes) -> _Record:
+        place = self.hashes.index(block_hash)
+        parent = self.hashes[place - 1] if place else self.parent
+        index = None if self.base is None else self.base + place
+        return _Record(self.scope, parent, index, self.token_count, 1, self.at_ms, self.bytes, False)
+
+    def next_of(self, block_hash: bytes) -> bytes | None:
+        place = self.hashes.index(block_hash) + 1
+        return self.hashes[place] if place < len(self.hashes) else None
+
+
+_Known = _Run | tuple[_Record, ...]
+
+
+class _Place:
+    """What one worker holds at one tier in one group."""
+
+    __slots__ = ("blocks", "bytes", "children", "group", "rank", "records", "spec", "tier", "worker_id")
+
+    def __init__(self, worker_id: str, rank: int | None, tier: CacheTier, group: int) -> None:
+        self.worker_id = worker_id
+        self.rank = rank
+        self.tier = tier
+        self.group = group
+        self.spec = GroupSpec()
+        self.blocks: dict[bytes, _Known] = {}
+        self.children: dict[bytes, bytes | set[bytes]] = {}
+        self.records = 0
+        self.bytes = 0
+
+    def records_of(self, block_hash: bytes) -> tuple[_Record, ...]:
+        known = self.blocks.get(block_hash)
+        if known is None:
+            return ()
+        return (known.record(block_hash),) if isinstance(known, _Run) else known
+
+    def link(self, parent: bytes, child: bytes) -> None:
+        children = self.children.get(parent)
+        if children is None:
+            self.children[parent] = child
+        elif isinstance(children, set):
+            children.add(child)
+        elif children != child:
+            self.children[parent] = {children, child}
+
+    def unlink(self, parent: bytes, child: bytes) -> None:
+        children = self.children.get(parent)
+        if children == child:
+            del self.children[parent]
+        elif isinstance(children, set):
+            children.discard(child)
+            if not children:
+                del self.children[parent]
+
+    def children_of(self, parent: bytes) -> list[bytes]:
+        """Hashes among which the children of a block are. A block that shares its run has its next one as a child."""
+        linked = self.children.get(parent)
+        children = set(linked) if isinstance(linked, set) else {linked}
+        known = self.blocks.get(parent)
+        if isinstance(known, _Run):
+            children.add(known.next_of(parent))
+        return sorted(child for child in children if child is not None)
+
+    def replace(self, block_hash: bytes, old: tuple[_Record, ...], new: tuple[_Record, ...]) -> None:
+        """Write all records of a block; keeps the counts and the links to its parents and out of its run."""
+        known = self.blocks.get(block_hash)
+        if isinstance(known, _Run):
+            child = known.next_of(block_hash)
+            if child is not None and child in self.blocks:
+                self.link(block_hash, child)
+        for record in old:
+            if record.parent is not None and all(other.parent != record.parent for other in new):
+                self.unlink(record.parent, block_hash)
+        for record in new:
+            if record.parent is not None:
+                self.link(record.parent, block_hash)
+        self.records += len(new) - len(old)
+        self.bytes += sum(r.bytes * r.ref_count for r in new) - sum(r.bytes * r.ref_count for r in old)
+        if new:
+            self.blocks[block_hash] = new
+        else:
+            self.blocks.pop(block_hash, None)
+
+    def store_run(self, run: _Run) -> tuple[int, list[int]]:
+        """Store the new blocks of a run. Returns how many, and the positions of those that were here before."""
+        hashes = run.hashes
+        before = len(self.blocks)
+        found = list(map(self.blocks.setdefault, hashes, repeat(run)))
+        new = len(self.blocks) - before
+        known: list[int] = []
+        if new != len(hashes):
+            first: dict[bytes, int] = {}
+            for at, block_hash in enumerate(hashes):
+                if found[at] is not run or first.setdefault(block_hash, at) != at:
+                    known.append(at)
+        if run.parent is not None and not (known and known[0] == 0):
+            self.link(run.parent, hashes[0])
+        self.records += new
+        self.bytes += run.bytes * new
+        return new, known
+
+
+class MemoryBackend(IndexBackend):
+    """The index in dictionaries, guarded by one lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._places: dict[str, dict[tuple[CacheTier, int], _Place]] = {}
+        self._cursors: dict[str, Cursor] = {}
+        self._puts = self._removes = self._scans = 0
+
+    def name(self) -> str:
+        return "memory"
+
+    def persistent(self) -> bool:
+        return False
+
+    def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
+        result = ApplyResult()
+        with self._lock:
+            for operation in operations:
+                if isinstance(operation, StoreRun):
+                    self._store(operation, result)
+                elif isinstance(operation, RemoveBlocks):
+                    self._remove(operation, result)
+                else:
+                    result.cleared += self._clear(operation)
+            for cursor in cursors:
+                self._cursors[cursor.stream] = cursor
+        self._puts += result.stored + result.copies_added + result.refreshed
+        self._removes += result.copies_removed
+        return result
+
+    def cursors(self) -> dict[str, Cursor]:
+        with self._lock:
+            return dict(self._cursors)
+
+    def forget_stream(self, stream: str) -> None:
+        with self._lock:
+            self._cursors.pop(stream, None)
+
+    def put(self, residency: CacheResidency) -> None:
+        key = residency.key
+        record = _Record(
+            key.scope,
+            key.prefix_hash,
+            key.block_index,
+            key.token_count,
+            residency.ref_count,
+            residency.last_access_ms,
+            residency.bytes,
+            residency.pinned,
+        )
+        with self._lock:
+            place = self._place(residency.worker_id, residency.rank, residency.tier, key.group)
+            old = place.records_of(key.block_hash)
+            others = tuple(other for other in old if other.scope != record.scope)
+            place.replace(key.block_hash, old, (*others, record))
+            self._puts += 1
+
+    def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
+        removed = 0
+        with self._lock:
+            for place in self._places.get(worker_id, {}).values():
+                old = place.records_of(block_hash)
+                kept = tuple(record for record in old if record.scope != scope)
+                if len(kept) != len(old):
+                    place.replace(block_hash, old, kept)
+                    removed += len(old) - len(kept)
+            self._removes += removed
+        return removed
+
+    def clear_worker(self, worker_id: str) -> int:
+        with self._lock:
+            return self._clear(ClearBlocks(worker_id))
+
+    def clear(self) -> None:
+        with self._lock:
+            self._places.clear()
+
+    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
+        found = self.find(key.block_hash, key.scope)
+        return [residency for residency in found if residency.key.group == key.group]
+
+    def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
+        with self._lock:
+            return [
+                _residency(place, block_hash, record)
+                for place in self._every_place()
+                for record in place.records_of(block_hash)
+                if scope is None or record.scope == scope
+            ]
+
+    def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
+        with self._lock:
+            self._scans += 1
+            return [
+                _residency(place, child, record)
+                for place in self._every_place()
+                for child in place.children_of(prefix_hash)
+                for record in place.records_of(child)
+                if record.scope == scope and record.parent == prefix_hash
+            ]
+
+    def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
+        with self._lock:
+            held = [
+                one
+                for places in self._places.values()
+                for one in _held_by(list(places.values()), scope, block_hashes)
+            ]
+            return worker_matches(held, self._specs())
+
+    def holdings(self) -> list[Holding]:
+        with self._lock:
+            return [
+                Holding(
+                    place.worker_id, place.rank, place.tier, place.group, place.spec, place.records, place.bytes
+                )
+                for place in self._every_place()
+            ]
+
+    def snapshot(self) -> Iterator[CacheResidency]:
+        with self._lock:
+            frozen = [(place, list(place.blocks.items())) for place in self._every_place()]
+        for place, blocks in frozen:
+            for block_hash, known in blocks:
+                records = (known.record(block_hash),) if isinstance(known, _Run) else known
+                for record in records:
+                    yield _residency(place, block_hash, record)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return sum(place.records for place in self._every_place())
+
+    def metrics(self) -> IndexMetrics:
+        with self._lock:
+            resident_bytes = sum(place.bytes for place in self._every_place())
+            return IndexMetrics(len(self), resident_bytes, self._puts, self._removes, self._scans, 0)
+
+    def stored_bytes(self) -> int:
+        return 0
+
+    def reclaim(self, rows: int) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.clear()
+
+    def _every_place(self) -> Iterator[_Place]:
+        for places in self._places.values():
+            yield from places.values()
+
+    def _place(self, worker_id: str, rank: int | None, tier: CacheTier, group: int) -> _Place:
+        places = self._places.setdefault(worker_id, {})
+        place = places.get((tier, group))
+        if place is None:
+            place = places[tier, group] = _Place(worker_id, rank, tier, group)
+        return place
+
+    def _specs(self) -> dict[tuple[str, int], GroupSpec]:
+        specs: dict[tuple[str, int], GroupSpec] = {}
+        for place in self._every_place():
+            if place.spec != GroupSpec() or (place.worker_id, place.group) not in specs:
+                specs[place.worker_id, place.group] = place.spec
+        return specs
+
+    def _store(self, run: StoreRun, result: ApplyResult) -> None:
+        place = self._place(run.worker_id, run.rank, run.tier, run.group)
+        if run.spec is not None and run.spec != place.spec:
+            place.spec = run.spec
+        if not run.block_hashes:
+            return
+        if not run.consecutive:
+            for block_hash in run.block_hashes:
+                self._store_block(place, block_hash, self._placed_by_sibling(run, block_hash), run, result)
+            return
+        scope, base = self._chain_of(run)
+        hashes = run.block_hashes
+        shared = _Run(scope, hashes, run.parent, base, run.token_count, run.at_ms, run.bytes_per_block)
+        new, known = place.store_run(shared)
+        result.stored += new
+        for at in known:
+            record = _Record(
+                scope,
+                hashes[at - 1] if at else run.parent,
+                None if base is None else base + at,
+                run.token_count,
+                1,
+                run.at_ms,
+                run.bytes_per_block,
+                False,
+            )
+            self._store_block(place, hashes[at], record, run, result)
+
+    def _chain_of(self, run: StoreRun) -> tuple[IdentityScope, int | None]:
+        """The scope of a run and the index of its first block, from the worker's own record of the parent."""
+        if run.parent is None:
+            return run.scope, None
+        if run.parent == ROOT:
+            return run.scope, 0
+        own = self._own_record(run, run.parent)
+        if own is None:
+            return run.scope, None
+        scope = run.scope
+        if run.tenant_from_parent and own.scope.tenant_id != scope.tenant_id:
+            scope = IdentityScope(
+                scope.model_id, scope.tokenizer_id, scope.adapter_id, own.scope.tenant_id
+            )
+        same_group = self._own_record(run, run.parent, run.group)
+        if same_group is None or same_group.index is None:
+            return scope, None
+        return scope, same_group.index + 1
+
+    def _own_record(self, run: StoreRun, block_hash: bytes, group: int | None = None) -> _Record | None:
+        """The worker's record of a block that says most about a run: same group first, then own tier, then the fastest."""
+        places = self._places.get(run.worker_id, {})
+        best = None
+        for place in places.values():
+            if group is not None and place.group != group:
+                continue
+            known = place.blocks.get(block_hash)
+            if known is None:
+                continue
+            order = (place.group != run.group, place.tier is not run.tier, TIER_NUMBER[place.tier], place.group)
+            if best is None or order < best[0]:
+                best = (order, place)
+        return None if best is None else min(best[1].records_of(block_hash), key=_scope_order)
+
+    def _placed_by_sibling(self, run: StoreRun, block_hash: bytes) -> _Record:
+        own = self._own_record(run, block_hash)
+        if own is None:
+            return _Record(
+                run.scope, None, None, run.token_count, 1, run.at_ms, run.bytes_per_block, False
+            )
+        same_size = run.token_count in (0, own.token_count)
+        return _Record(
+            own.scope,
+            own.parent if same_size else None,
+            own.index if same_size else None,
+            own.token_count if same_size else run.token_count,
+            1,
+            run.at_ms,
+            run.bytes_per_block,
+            False,
+        )
+
+    def _store_block(
+        self, place: _Place, block_hash: bytes, record: _Record, run: StoreRun, result: ApplyResult
+    ) -> None:
+        old = place.records_of(block_hash)
+        same = next((other for other in old if other.scope == record.scope), None)
+        if same is None:
+            place.replace(block_hash, old, (*old, record))
+            result.stored += 1
+            return
+        if run.count_copies:
+            result.copies_added += 1
+        else:
+            result.refreshed += 1
+        merged = _Record(
+            record.scope,
+            same.parent if record.parent is None else record.parent,
+            same.index if record.index is None else record.index,
+            record.token_count or same.token_count,
+            same.ref_count + run.count_copies,
+            record.at_ms,
+            record.bytes,
+            same.pinned,
+        )
+        place.replace(block_hash, old, tuple(merged if other is same else other for other in old))
+
+    def _remove(self, removal: RemoveBlocks, result: ApplyResult) -> None:
+        places = [
+            place
+            for (tier, group), place in self._places.get(removal.worker_id, {}).items()
+            if (removal.tier is None or tier is removal.tier)
+            and (removal.group is None or group == removal.group)
+        ]
+        for block_hash in removal.block_hashes:
+            found = 0
+            for place in places:
+                old = place.records_of(block_hash)
+                if not old:
+                    continue
+                found += len(old)
+                kept = tuple(r._replace(ref_count=r.ref_count - 1) for r in old if r.ref_count > 1)
+                place.replace(block_hash, old, kept)
+                result.removed += len(old) - len(kept)
+            result.copies_removed += found
+            result.unknown_removals += not found
+
+    def _clear(self, clear: ClearBlocks) -> int:
+        places = self._places.get(clear.worker_id, {})
+        gone = [at for at in places if clear.tier is None or at[0] is clear.tier]
+        cleared = sum(places.pop(at).records for at in gone)
+        if not places:
+            self._places.pop(clear.worker_id, None)
+        return cleared
+
+
+def _scope_order(record: _Record) -> tuple[str, str, bool, str, str]:
+    scope = record.scope
+    return (
+        scope.model_id,
+        scope.tokenizer_id,
+        scope.adapter_id is not None,
+        scope.adapter_id or "",
+        scope.tenant_id,
+    )
+
+
+def _held_by(
+    places: Sequence[_Place], scope: IdentityScope | None, block_hashes: Sequence[bytes]
+) -> Iterator[Held]:
+    """Which of the hashes one worker holds, up to where no place of it can continue the chain."""
+    masks = [0] * len(places)
+    patience = longest_step(place.spec for place in places)
+    missed = 0
+    for number, block_hash in enumerate(block_hashes):
+        missed += 1
+        for at, place in enumerate(places):
+            known = place.blocks.get(block_hash)
+            if known is not None and (scope is None or _in_scope(known, scope)):
+                masks[at] |= 1 << number
+                missed = 0
+        if missed >= patience:
+            break
+    for place, mask in zip(places, masks):
+        if mask:
+            yield Held(place.worker_id, place.rank, place.tier, place.group, mask)
+
+
+def _in_scope(known: _Known, scope: IdentityScope) -> bool:
+    if isinstance(known, _Run):
+        return known.scope == scope
+    return any(record.scope == scope for record in known)
+
+
+def _residency(place: _Place, block_hash: bytes, record: _Record) -> CacheResidency:
+    key = KvBlockKey.within(
+        record.scope,
+        block_hash,
+        prefix_hash=record.parent,
+        block_index=record.index,
+        token_count=record.token_count,
+        group=place.group,
+    )
+    return CacheResidency(
+        key, place.worker_id, place.tier, record.bytes, record.at_ms, record.ref_count, record.pinned, place.rank
+    )

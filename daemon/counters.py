@@ -1,0 +1,81 @@
+"""Plain numbers that the hot path adds to; `metrics` reads them when it is scraped.
+
+Each field has one writing thread, so an addition needs no lock.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from kvcensus.translators.translation import RejectReason
+
+LAG_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+COMMIT_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Histogram:
+    """Counts of observations by upper bound, with their sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class IntakeCounters:
+    """What a source's thread counts of one stream."""
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.bytes = 0
+        self.malformed = 0
+        """Messages that are not [topic, 8-byte sequence number, payload]."""
+        self.duplicates = 0
+        self.gaps = 0
+        self.missing = 0
+        """Sequence numbers that were missing when a gap was seen; those that a replay brings count as replayed too."""
+        self.replayed = 0
+        self.unrecovered = 0
+        """Sequence numbers given up after every replay attempt."""
+        self.restarts = 0
+        self.replay_requests = 0
+        self.replay_failures = 0
+        self.held = 0
+        """Live messages held back now, while a replay runs."""
+        self.held_dropped = 0
+        self.connected = 0
+        self.disconnects = 0
+
+
+class AppliedCounters:
+    """What the writer's thread counts of one stream."""
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.events = {"stored": 0, "removed": 0, "cleared": 0}
+        self.blocks_stored = 0
+        self.blocks_removed = 0
+        self.rejections = dict.fromkeys(RejectReason, 0)
+        self.lag_s = Histogram(LAG_BOUNDS_S)
+
+
+class WriterCounters:
+    """What the writer's thread counts of itself."""
+
+    def __init__(self) -> None:
+        self.commits = 0
+        self.commit_errors = 0
+        self.commit_s = Histogram(COMMIT_BOUNDS_S)
+        self.blocks_stored = 0
+        self.copies_added = 0
+        self.refreshed = 0
+        self.blocks_removed = 0
+        self.copies_removed = 0
+        self.unknown_removals = 0
+        self.blocks_cleared = 0
