@@ -1,0 +1,36 @@
+"""The daemon's configuration: one TOML file, environment overrides, flags."""
+
+from .errors import EXIT_CONFIG, ConfigError, InvalidValue
+from .load import config_from_flags, load_config
+from .model import (
+    BackendKind,
+    Config,
+    HttpConfig,
+    IndexConfig,
+    LogConfig,
+    LogFormat,
+    LogLevel,
+    SourceConfig,
+    SourceType,
+    StreamConfig,
+    WriterConfig,
+)
+
+__all__ = [
+    "EXIT_CONFIG",
+    "BackendKind",
+    "Config",
+    "ConfigError",
+    "HttpConfig",
+    "IndexConfig",
+    "InvalidValue",
+    "LogConfig",
+    "LogFormat",
+    "LogLevel",
+    "SourceConfig",
+    "SourceType",
+    "StreamConfig",
+    "WriterConfig",
+    "config_from_flags",
+    "load_config",
+]

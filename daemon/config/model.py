@@ -1,0 +1,326 @@
+"""The configuration: what there is to set, what it is when it is not set, and why.
+
+A struct that exists is valid: what its types cannot say is checked when it is made, and raises InvalidValue.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+from importlib.util import find_spec
+from typing import Annotated
+
+import msgspec
+from kvcensus.backends.lmdb import Durability
+from kvcensus.backends.lmdb.files import MAP_SIZE
+from kvcensus.backends.model import CacheTier
+from kvcensus.translators.translation import ClearScope, HashJoin, TranslatorOptions, worker_id_of
+
+from .endpoints import ANY_IPV4, HIGHEST_PORT, Endpoint, listen_address, ports_overlap
+from .errors import InvalidValue
+
+_KIB = 1 << 10
+_MIB = 1 << 20
+_INT_MAX = (1 << 31) - 1
+_NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,200}")
+_MAX_SOURCES = 1024
+_MAX_RANKS = 1024
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=_INT_MAX)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0, le=_INT_MAX)]
+PositiveBytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+
+
+class BackendKind(StrEnum):
+    """Where the index lives."""
+
+    LMDB = "lmdb"
+    MEMORY = "memory"
+
+
+class SourceType(StrEnum):
+    """Whose events a source sends."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+
+_TRANSLATORS = {
+    SourceType.VLLM: "kvcensus.translators.vllm",
+    SourceType.SGLANG: "kvcensus.translators.sglang",
+}
+
+
+class LogLevel(StrEnum):
+    """What is worth a line."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    """`auto`: readable on a terminal, JSON otherwise."""
+
+    AUTO = "auto"
+    JSON = "json"
+    CONSOLE = "console"
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file: a misspelt key is an error, never ignored."""
+
+
+class HttpConfig(_Section, frozen=True):
+    """The HTTP side."""
+
+    listen: str = "127.0.0.1:9480"
+    """HOST:PORT, "" to switch it off. Loopback, because nothing asks for a password. Port 0: any free one."""
+    max_body_bytes: PositiveBytes = 4 * _MIB
+    """Largest request body: 16,384 hashes of 32 bytes in hex are 1.1 MB, and a long scope is little."""
+    max_hashes_per_query: Positive = 16384
+    """Most hashes in one `match` or `locate`: a prompt of 262,144 tokens in blocks of 16."""
+    max_snapshots: Positive = 2
+    """Snapshots at a time: each takes a copy of the index on disk while it is read."""
+
+    def __post_init__(self) -> None:
+        self.address()
+
+    def address(self) -> tuple[str, int] | None:
+        """(host, port) to listen on, None when HTTP is off."""
+        if not self.listen:
+            return None
+        try:
+            return listen_address(self.listen)
+        except ValueError as error:
+            raise InvalidValue("listen", str(error)) from error
+
+
+class IndexConfig(_Section, frozen=True):
+    """The LMDB index."""
+
+    durability: Durability = Durability.PROCESS
+    """What a commit survives. `process`: the blocks themselves die with the machine, so syncing would only cost."""
+    map_size_bytes: Annotated[int, msgspec.Meta(ge=_MIB, le=MAP_SIZE)] = MAP_SIZE
+    """Address space reserved for the file, in bytes: no memory and no disk until used. Lower it under a ulimit -v."""
+    reclaim_rows: Positive = 5000
+    """Rows looked at in one idle step of reclaiming cleared workers' space: a few milliseconds of the writer."""
+
+
+class WriterConfig(_Section, frozen=True):
+    """The one thread that writes the index, and the queue before it."""
+
+    commit_max_blocks: Positive = 16384
+    """A transaction closes after this many blocks: beyond it a larger one gains nothing."""
+    commit_max_ms: NotNegative = 20
+    """… or after this long, whichever comes first: what a commit adds to the lag."""
+    queue_max_messages: Positive = 10000
+    """Messages that wait for the writer before the sources stop reading: as many as an engine keeps for replay."""
+    queue_max_bytes: PositiveBytes = 256 * _MIB
+    """… or bytes, whichever is reached first: it bounds the memory of the process."""
+    drain_deadline_ms: NotNegative = 10000
+    """How long SIGTERM waits for the queue to be committed: well under the 30 s that Kubernetes gives."""
+
+
+class LogConfig(_Section, frozen=True):
+    """What is logged to stderr, and how."""
+
+    level: LogLevel = LogLevel.INFO
+    """`info` has no line per message."""
+    format: LogFormat = LogFormat.AUTO
+    """`auto` is readable on a terminal and JSON in a pipe."""
+
+
+class StreamConfig(msgspec.Struct, frozen=True):
+    """One stream to follow: `stream` (also the worker's id) is NAME, or NAME/RANK with a rank."""
+
+    stream: str
+    source: str
+    rank: int | None
+    endpoint: str
+    replay_endpoint: str
+
+
+class SourceConfig(_Section, frozen=True):
+    """One engine: a publisher, or one publisher per data-parallel rank."""
+
+    endpoint: str
+    """Where the engine publishes: tcp://HOST:PORT or ipc://PATH. With ranks, that of rank 0."""
+    name: str = ""
+    """The worker's name in every answer. Default: `host:port` of the endpoint, so that one flag is enough."""
+    type: SourceType = SourceType.VLLM
+    """Whose events these are."""
+    replay_endpoint: str = ""
+    """The engine's replay socket, "" for none. Without it a gap stays a gap. With ranks, that of rank 0."""
+    bind: bool = False
+    """Bind `endpoint` here, for an engine that connects (vLLM does unless its endpoint has `*`, `::` or ipc)."""
+    topic: str = ""
+    """Only topics that start with this. "" is every topic and the engines' own default."""
+    ranks: Annotated[int, msgspec.Meta(ge=0, le=_MAX_RANKS)] = 0
+    """The engine's data_parallel_size: n streams, rank r at port + r of both endpoints. 0: one stream without rank."""
+    receive_hwm: Positive = 100000
+    """Messages that ZMQ may hold for us: what the engines hold for a subscriber. Never unlimited (0)."""
+    max_message_bytes: PositiveBytes = 64 * _MIB
+    """A larger message breaks the connection: 16 times a batch that stores a million tokens."""
+    replay_timeout_ms: Positive = 5000
+    """How long to wait for the next frame of a replay. An idle engine answers within 100 ms, a busy one in seconds."""
+    replay_attempts: Positive = 5
+    """Requests for the same missing messages before they are given up: an engine may drop some of each reply."""
+    hold_max_messages: Positive = 100000
+    """Live messages held while a replay runs; further ones are dropped and asked for again."""
+    reconnect_min_ms: Positive = 100
+    """First wait before reconnecting: a restarted engine is seen at once."""
+    reconnect_max_ms: Positive = 5000
+    """Longest wait between attempts, which double: a missing engine costs a connect every 5 s."""
+    heartbeat_ms: NotNegative = 5000
+    """Interval of ZMTP pings, 0 for none. A silent engine and a dead link look the same without them."""
+    model: str = ""
+    """Model name of the scope: the stream does not say it. Give it when one index serves several models."""
+    tokenizer: str = ""
+    """Tokenizer name of the scope. Default: that of the model."""
+    tenant: str = ""
+    """Tenant of blocks whose event names none (a cache salt does)."""
+    count_copies: bool = True
+    """Count the copies of a block, as vLLM holds and removes them. False with `kv_cache_report_mode="full"`."""
+    clears: ClearScope = ClearScope.ALL
+    """What AllBlocksCleared empties. `device` when an offloading tier outlives a reset of the prefix cache."""
+    hash_join: HashJoin = HashJoin.AUTO
+    """Whether byte hashes are cut to the 64 bits of integer ones: `auto` does once a stream has sent both."""
+    media: dict[str, CacheTier] = {}
+    """Further spellings of tiers: an unknown one is refused, never guessed."""
+    bytes_per_block: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)] = 0
+    """Size of one block, 0 when unknown: the stream does not say it."""
+
+    def __post_init__(self) -> None:
+        endpoint = self._endpoint()
+        if not self.name:
+            msgspec.structs.force_setattr(self, "name", endpoint.default_name())
+        if not self.tokenizer:
+            msgspec.structs.force_setattr(self, "tokenizer", self.model)
+        if not _NAME.fullmatch(self.name):
+            raise InvalidValue("name", f"{self.name!r} is not 1 to 200 of the characters A-Z a-z 0-9 . _ : / @ -")
+        if self.type is not SourceType.VLLM and find_spec(_TRANSLATORS[self.type]) is None:
+            raise InvalidValue("type", f"{self.type} is not supported by this version")
+        if self.reconnect_max_ms < self.reconnect_min_ms:
+            raise InvalidValue("reconnect_max_ms", f"less than reconnect_min_ms ({self.reconnect_min_ms})")
+        self._check_replay(endpoint)
+
+    def _endpoint(self) -> Endpoint:
+        endpoint = self._parsed("endpoint", self.endpoint)
+        if not self.bind and endpoint.is_wildcard:
+            raise InvalidValue(
+                "endpoint", f"{endpoint} is no address to connect to; set bind = true if the engine connects"
+            )
+        if endpoint.port == 0 and not endpoint.path and not (self.bind and self.ranks == 0):
+            raise InvalidValue("endpoint", "port 0 is no address to connect to")
+        return endpoint
+
+    def _check_replay(self, endpoint: Endpoint) -> None:
+        if not self.replay_endpoint:
+            return
+        replay = self._parsed("replay_endpoint", self.replay_endpoint)
+        if replay.is_wildcard or (replay.port == 0 and not replay.path):
+            raise InvalidValue("replay_endpoint", f"{replay} is no address to connect to; give the engine's own")
+        if ports_overlap(endpoint, replay, self.ranks):
+            raise InvalidValue(
+                "replay_endpoint",
+                f"its ports meet those of {endpoint} with {max(self.ranks, 1)} rank(s); "
+                f"the engine needs a replay port of at least {endpoint.port + max(self.ranks, 1)}",
+            )
+
+    def _parsed(self, key: str, text: str) -> Endpoint:
+        try:
+            endpoint = Endpoint.parse(text)
+        except ValueError as error:
+            raise InvalidValue(key, str(error)) from error
+        if endpoint.path and self.ranks > 1:
+            raise InvalidValue(key, "ipc has no port to add a rank to; configure each rank as a source of its own")
+        if endpoint.port + max(self.ranks - 1, 0) > HIGHEST_PORT:
+            raise InvalidValue(key, f"rank {self.ranks - 1} would be at a port above {HIGHEST_PORT}")
+        return endpoint
+
+    def streams(self) -> list[StreamConfig]:
+        """The streams of this source, in the order of their ranks."""
+        endpoint = Endpoint.parse(self.endpoint)
+        replay = Endpoint.parse(self.replay_endpoint) if self.replay_endpoint else None
+        ranks: list[int | None] = list(range(self.ranks)) if self.ranks else [None]
+        return [
+            StreamConfig(
+                stream=worker_id_of(self.name, rank),
+                source=self.name,
+                rank=rank,
+                endpoint=str(endpoint.of_rank(rank or 0)),
+                replay_endpoint=str(replay.of_rank(rank or 0)) if replay else "",
+            )
+            for rank in ranks
+        ]
+
+    def translator_options(self) -> TranslatorOptions:
+        """What the translator of each of its streams is told."""
+        return TranslatorOptions(
+            worker=self.name,
+            model_id=self.model,
+            tokenizer_id=self.tokenizer,
+            tenant_id=self.tenant,
+            count_copies=self.count_copies,
+            clears=self.clears,
+            hash_join=self.hash_join,
+            media=self.media,
+            bytes_per_block=self.bytes_per_block,
+        )
+
+
+class Config(_Section, frozen=True):
+    """All of it."""
+
+    data_dir: str = "kvcensus-data"
+    """Directory of the index, relative to the working directory. Only the memory backend does not use it."""
+    backend: BackendKind = BackendKind.LMDB
+    """`lmdb` survives the process; `memory` is rebuilt from the engines at each start."""
+    http: HttpConfig = HttpConfig()
+    index: IndexConfig = IndexConfig()
+    writer: WriterConfig = WriterConfig()
+    log: LogConfig = LogConfig()
+    sources: Annotated[tuple[SourceConfig, ...], msgspec.Meta(max_length=_MAX_SOURCES)] = ()
+    """One table per engine."""
+
+    def __post_init__(self) -> None:
+        if not self.data_dir:
+            raise InvalidValue("data_dir", "is empty")
+        streams: dict[str, int] = {}
+        names: dict[str, int] = {}
+        followed: dict[tuple[str, str], int] = {}
+        for number, source in enumerate(self.sources):
+            at = f"sources[{number}]"
+            self._claim(names, source.name, number, f"{at}.name")
+            if source.max_message_bytes > self.writer.queue_max_bytes:
+                raise InvalidValue(
+                    f"{at}.max_message_bytes", "more than writer.queue_max_bytes, so it could never be queued"
+                )
+            for stream in source.streams():
+                self._claim(streams, stream.stream, number, f"{at}.name")
+                self._claim(followed, (stream.endpoint, source.topic), number, f"{at}.endpoint")
+
+    def _claim(self, taken: dict[str, int] | dict[tuple[str, str], int], what: object, number: int, key: str) -> None:
+        other = taken.setdefault(what, number)  # type: ignore[arg-type]
+        if other != number:
+            raise InvalidValue(key, f"{what!r} is already that of sources[{other}]")
+
+    def streams(self) -> Iterator[tuple[SourceConfig, StreamConfig]]:
+        """Every stream to follow, with its source."""
+        for source in self.sources:
+            for stream in source.streams():
+                yield source, stream
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant, one sentence each."""
+        if not self.sources:
+            return ["no source is configured: nothing will be followed"]
+        return [
+            f"source {source.name}: {source.endpoint} connects to this machine; an engine that was given 0.0.0.0 "
+            "connects too, so nobody binds: give the engine tcp://*:PORT, or set bind = true here"
+            for source in self.sources
+            if not source.bind and Endpoint.parse(source.endpoint).host == ANY_IPV4
+        ]
