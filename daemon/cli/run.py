@@ -1,0 +1,163 @@
+"""`kvcensus run`: the daemon in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from kvcensus.backends.errors import BackendBusy, BackendError, BackendFormat
+
+from ..config import EXIT_CONFIG, Config, ConfigError, config_from_flags, load_config
+from ..http import HttpServer, HttpSettings, make_app
+from ..logs import configure, get_logger
+from ..service import Service
+
+EXIT_FAILURE = 1
+EXIT_DATA_FORMAT = 65
+EXIT_BUSY = 75
+"""From sysexits.h: EX_DATAERR, EX_TEMPFAIL; a configuration error is EX_CONFIG."""
+
+_WATCH_S = 0.5
+
+log = get_logger("run")
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="TOML file.")
+@click.option("--engine", "engines", multiple=True, help="Endpoint of an engine's KV events; may repeat.")
+@click.option("--replay-endpoint", "replay_endpoints", multiple=True, help="Replay endpoint of the engine, in the same order.")
+@click.option("--engine-type", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
+@click.option("--topic", default="", help="Only topics that start with this.")
+@click.option("--worker", "workers", multiple=True, help="Worker name of the engine, in the same order.")
+@click.option("--model", default="", help="Model name for the scope of the blocks.")
+@click.option("--ranks", default=0, help="Data-parallel size: one stream a rank, at consecutive ports.")
+@click.option("--bind", is_flag=True, help="Bind the endpoint, for an engine that connects.")
+@click.option("--data-dir", help="Directory of the index.")
+@click.option("--http", "listen", help="HOST:PORT of the HTTP side; port 0 for any.")
+@click.option("--backend", type=click.Choice(["lmdb", "memory"]))
+def run(
+    path: Path | None,
+    engines: tuple[str, ...],
+    replay_endpoints: tuple[str, ...],
+    engine_type: str,
+    topic: str,
+    workers: tuple[str, ...],
+    model: str,
+    ranks: int,
+    bind: bool,
+    data_dir: str | None,
+    listen: str | None,
+    backend: str | None,
+) -> None:
+    """Follow engines, keep the index, answer over HTTP.
+
+    Give a file with --config, or engines with --engine and nothing else.
+    """
+    if path is not None and engines:
+        raise click.UsageError("give --config or --engine, not both")
+    if path is None and not engines:
+        raise click.UsageError("nothing to follow: give --config FILE or --engine ENDPOINT")
+
+    def load() -> Config:
+        if path is not None:
+            flags = {"data_dir": data_dir, "http.listen": listen, "backend": backend}
+            return load_config(path, os.environ, {key: value for key, value in flags.items() if value is not None})
+        return config_from_flags(
+            engines,
+            replay_endpoints,
+            workers=workers,
+            engine_type=engine_type,
+            topic=topic,
+            model=model,
+            ranks=ranks,
+            bind=bind,
+            data_dir=data_dir,
+            http=listen,
+            backend=backend,
+            environ=os.environ,
+        )
+
+    try:
+        config = load()
+    except ConfigError as error:
+        click.echo(f"kvcensus: {error}", err=True)
+        sys.exit(EXIT_CONFIG)
+    configure(config.log.level, config.log.format)
+    for warning in config.warnings():
+        log.warning("configuration", detail=warning)
+    sys.exit(asyncio.run(_Daemon(config, load if path is not None else None).run()))
+
+
+class _Daemon:
+    """The event loop of `run`: signals, HTTP, and watching the threads of the service."""
+
+    def __init__(self, config: Config, reload_config: object) -> None:
+        self._config = config
+        self._reload_config = reload_config
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        """Returns the exit code."""
+        try:
+            service = Service(self._config)
+        except BackendError as error:
+            log.critical("backend_unusable", detail=str(error))
+            if isinstance(error, BackendBusy):
+                return EXIT_BUSY
+            return EXIT_DATA_FORMAT if isinstance(error, BackendFormat) else EXIT_FAILURE
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload, service)
+        server = None
+        try:
+            service.start()
+            server = await self._listen(service)
+            log.info("started", pid=os.getpid(), backend=service.backend.name(), blocks=len(service.backend))
+            while not self._stop.is_set() and service.failure() is None:
+                try:
+                    await asyncio.wait_for(self._stop.wait(), _WATCH_S)
+                except TimeoutError:
+                    continue
+        except OSError as error:
+            log.critical("cannot_listen", listen=self._config.http.listen, detail=str(error))
+            return EXIT_FAILURE
+        finally:
+            log.info("stopping")
+            if server is not None:
+                await server.stop()
+            drained = await asyncio.to_thread(service.stop, self._config.writer.drain_deadline_ms / 1000)
+            log.info("stopped", drained=drained)
+        return EXIT_FAILURE if service.failure() else 0
+
+    async def _listen(self, service: Service) -> HttpServer | None:
+        address = self._config.http.address()
+        if address is None:
+            return None
+        limits = self._config.http
+        settings = HttpSettings(limits.max_body_bytes, limits.max_hashes_per_query, limits.max_snapshots)
+        server = HttpServer(make_app(service, settings))
+        host, port = await server.start(*address)
+        log.info("http_listening", host=host, port=port)
+        return server
+
+    def _reload(self, service: Service) -> None:
+        if not callable(self._reload_config):
+            log.warning("reload_ignored", reason="started from flags, there is no file to read")
+            return
+        try:
+            config = self._reload_config()
+        except ConfigError as error:
+            log.error("reload_refused", detail=str(error))
+            return
+        asyncio.get_running_loop().run_in_executor(None, self._reload_into, service, config)
+
+    def _reload_into(self, service: Service, config: Config) -> None:
+        needs_restart = service.reload(config)
+        log.info("reloaded", sources=len(config.sources), needs_restart=needs_restart)
+        self._config = config

@@ -1,0 +1,91 @@
+"""One followed stream: its pure state, its cursor, its translator and its counters, and who may touch which."""
+
+from __future__ import annotations
+
+import time
+
+from kvcensus.backends.model import Cursor
+from kvcensus.translators.translation import Translator, worker_id_of
+
+from .counters import AppliedCounters, IntakeCounters
+from .status import StreamState, StreamStatus, Trust
+from .streams.state import Stream, StreamLimits
+
+
+class FollowedStream:
+    """A stream of one publisher and rank.
+
+    The intake thread owns `state` and `intake`; the writer thread owns `cursor`, `translator` and `applied`.
+    Every other thread only reads whole values. `rank` is the configured one; the wire may show one where it is None.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        stream: str,
+        rank: int | None,
+        endpoint: str,
+        limits: StreamLimits,
+        translator: Translator,
+        cursor: Cursor | None,
+    ) -> None:
+        self.source = source
+        self.stream = stream
+        self.rank = rank
+        self.endpoint = endpoint
+        self.translator = translator
+        self.intake = IntakeCounters()
+        self.applied = AppliedCounters()
+        self.state = Stream(limits, self.intake, cursor)
+        self.cursor = cursor or Cursor(stream=stream, epoch=0, seq=-1, source=source, rank=rank)
+        self._shown_state = StreamState.CONNECTING
+        self._state_since_ms = now_ms()
+
+    def note_state(self) -> StreamState | None:
+        """Take over the state for showing. Returns it when it has changed. Called by the intake thread."""
+        state = self.state.state
+        if state is self._shown_state:
+            return None
+        self._shown_state = state
+        self._state_since_ms = now_ms()
+        return state
+
+    def status(self) -> StreamStatus:
+        """The stream as of its last commit."""
+        cursor = self.cursor
+        state = self._shown_state
+        trust, reason, since_ms = self._trust(cursor, state)
+        rank = cursor.rank if self.rank is None else self.rank
+        return StreamStatus(
+            stream=self.stream,
+            source=self.source,
+            endpoint=self.endpoint,
+            worker_id=cursor.worker_id or worker_id_of(self.source, rank),
+            rank=rank,
+            epoch=cursor.epoch,
+            last_seq=cursor.seq,
+            state=state,
+            trust=trust,
+            reason=reason,
+            since_ms=since_ms,
+            engine_ms=cursor.engine_ms,
+            committed_ms=cursor.committed_ms,
+            messages=cursor.messages,
+            blocks_stored=cursor.blocks_stored,
+            blocks_removed=cursor.blocks_removed,
+        )
+
+    def _trust(self, cursor: Cursor, state: StreamState) -> tuple[Trust, str, int]:
+        if cursor.trust == Trust.UNTRUSTED:
+            return Trust.UNTRUSTED, cursor.reason, cursor.since_ms
+        if state is StreamState.CONNECTING or state is StreamState.DISCONNECTED:
+            return Trust.STALE, "no connection to the engine", self._state_since_ms
+        if state is StreamState.REPLAYING:
+            return Trust.CATCHING_UP, "replaying what was missed", self._state_since_ms
+        return Trust.FRESH, "", max(cursor.since_ms, self._state_since_ms)
+
+
+def now_ms() -> int:
+    """Wall clock in ms since the Unix epoch."""
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,188 @@
+"""The running daemon: backend, writer, sources and streams, wired together, changed by a reload, ended by a stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from kvcensus.backends.interface import IndexBackend
+from kvcensus.backends.lmdb import LmdbBackend
+from kvcensus.backends.memory import MemoryBackend
+from kvcensus.backends.model import ClearBlocks, Cursor
+from kvcensus.translators.vllm import VllmTranslator
+
+from .config import BackendKind, Config, SourceConfig, StreamConfig
+from .counters import WriterCounters
+from .followed import FollowedStream
+from .frame_queue import Barrier, FrameQueue
+from .logs import get_logger
+from .metrics import install
+from .sources.zmq import ZmqIntake, ZmqOptions
+from .status import Readiness, StreamCounters, StreamStatus
+from .streams.state import StreamLimits
+from .writer import Writer, WriterOptions
+
+log = get_logger("service")
+
+_RELOAD_WAIT_S = 10.0
+
+
+class Service:
+    """The daemon without its HTTP side. One thread starts, reloads and stops it; any thread may look at it."""
+
+    def __init__(self, config: Config) -> None:
+        """Opens the backend. Raises the errors of `backends.errors`."""
+        self._config = config
+        self.registry = CollectorRegistry()
+        self.backend: IndexBackend = _open_backend(config)
+        self._queue = FrameQueue(config.writer.queue_max_messages, config.writer.queue_max_bytes)
+        self._writer = Writer(
+            self.backend,
+            self._queue,
+            WriterOptions(
+                config.writer.commit_max_blocks, config.writer.commit_max_ms, config.index.reclaim_rows
+            ),
+        )
+        self._intake = ZmqIntake(self._queue)
+        self._streams: dict[str, tuple[SourceConfig, FollowedStream]] = {}
+        install(self.registry, self)
+
+    @property
+    def writer_counters(self) -> WriterCounters:
+        """What the writer counts of itself."""
+        return self._writer.counters
+
+    def start(self) -> None:
+        """Drop what unconfigured streams left, then follow the configured ones from their cursors."""
+        cursors = self.backend.cursors()
+        wanted = {stream.stream for _, stream in self._config.streams()}
+        for name in sorted(cursors.keys() - wanted):
+            self._drop_unconfigured(cursors[name])
+        for source, stream in self._config.streams():
+            self._follow(source, stream, cursors.get(stream.stream))
+        self._writer.start()
+        self._intake.start()
+
+    def _drop_unconfigured(self, cursor: Cursor) -> None:
+        log.warning("stream_not_configured", stream=cursor.stream, worker=cursor.worker_id, epoch=cursor.epoch)
+        if cursor.worker_id:
+            self.backend.apply([ClearBlocks(cursor.worker_id)])
+        self.backend.forget_stream(cursor.stream)
+
+    def _follow(self, source: SourceConfig, stream: StreamConfig, cursor: Cursor | None) -> None:
+        followed = FollowedStream(
+            source=stream.source,
+            stream=stream.stream,
+            rank=stream.rank,
+            endpoint=stream.endpoint,
+            limits=StreamLimits(
+                replay=bool(stream.replay_endpoint),
+                replay_timeout_ms=source.replay_timeout_ms,
+                replay_attempts=source.replay_attempts,
+                hold_max_messages=source.hold_max_messages,
+            ),
+            translator=VllmTranslator(source.translator_options()),
+            cursor=cursor,
+        )
+        self._streams = {**self._streams, stream.stream: (source, followed)}
+        options = ZmqOptions(
+            endpoint=stream.endpoint,
+            replay_endpoint=stream.replay_endpoint,
+            topic=source.topic,
+            bind=source.bind,
+            receive_hwm=source.receive_hwm,
+            max_message_bytes=source.max_message_bytes,
+            reconnect_min_ms=source.reconnect_min_ms,
+            reconnect_max_ms=source.reconnect_max_ms,
+            heartbeat_ms=source.heartbeat_ms,
+        )
+        self._intake.add(followed, options)
+
+    def reload(self, config: Config) -> list[str]:
+        """Follow new sources, drop removed ones, and take changed ones up from where they are.
+
+        Returns the keys that changed but need a restart.
+        """
+        wanted = {stream.stream: (source, stream) for source, stream in config.streams()}
+        current = dict(self._streams)
+        changed = [
+            name for name, (source, _) in current.items() if name in wanted and wanted[name][0] != source
+        ]
+        for name in current:
+            if name in changed or name not in wanted:
+                log.info("stream_dropped" if name not in wanted else "stream_changed", stream=name)
+                self._intake.remove(name, retire=name not in wanted)
+        if changed:
+            self._settle()
+        self._streams = {name: followed for name, followed in current.items() if name in wanted and name not in changed}
+        for name, (source, stream) in wanted.items():
+            if name not in self._streams:
+                self._follow(source, stream, current[name][1].cursor if name in changed else None)
+        needs_restart = [
+            key
+            for key in ("data_dir", "backend", "http", "index", "writer")
+            if getattr(config, key) != getattr(self._config, key)
+        ]
+        self._config = config
+        return needs_restart
+
+    def _settle(self) -> None:
+        """Wait until all that was received is committed, so that cursors say how far each stream is."""
+        committed = threading.Event()
+        for _, followed in list(self._streams.values())[:1]:
+            self._intake.barrier(followed, Barrier(committed))
+            if not committed.wait(_RELOAD_WAIT_S):
+                log.warning("reload_not_settled", waited_s=_RELOAD_WAIT_S)
+
+    def stop(self, deadline_s: float) -> bool:
+        """Receive nothing more, commit what is queued, close the backend. False when the deadline cut that short."""
+        ends = time.monotonic() + deadline_s
+        self._intake.stop()
+        self._intake.join(max(0.1, ends - time.monotonic()))
+        self._queue.close()
+        self._writer.join(max(0.1, ends - time.monotonic()))
+        drained = not self._writer.is_alive()
+        if not drained:
+            self._writer.abandon()
+            self._writer.join()
+        self.backend.close()
+        return drained and self._writer.error is None
+
+    def failure(self) -> BaseException | None:
+        """Why the daemon cannot go on, if it cannot."""
+        return self._writer.error or self._intake.error
+
+    def alive(self) -> bool:
+        return self._writer.is_alive() and self._intake.is_alive()
+
+    def readiness(self) -> Readiness:
+        problems = []
+        if not self.alive():
+            problems.append(f"a thread has ended: {self.failure()!r}")
+        if self._writer.full:
+            problems.append(f"nothing can be written: {self._writer.full}")
+        return Readiness(not problems, problems)
+
+    def statuses(self) -> list[StreamStatus]:
+        return [followed.status() for _, followed in self._streams.values()]
+
+    def stream_counters(self) -> Sequence[StreamCounters]:
+        return [followed for _, followed in self._streams.values()]
+
+    def queue_depth(self) -> tuple[int, int]:
+        return self._queue.depth()
+
+
+def _open_backend(config: Config) -> IndexBackend:
+    if config.backend is BackendKind.MEMORY:
+        return MemoryBackend()
+    backend = LmdbBackend(
+        Path(config.data_dir), durability=config.index.durability, map_size=config.index.map_size_bytes
+    )
+    if backend.discarded_after_crash:
+        log.warning("index_discarded", reason="the machine went down while the index was written without syncing")
+    return backend

@@ -1,0 +1,271 @@
+"""The ZMQ source: one thread receives every stream's live messages and replays.
+
+Live: a SUB socket, messages [topic, 8-byte big-endian sequence number, payload]. Replay: a fresh DEALER for each request,
+[b"", start]; answers are [b"", (topic,) sequence number, payload], the last one with the number ff*8, so they are read from
+the end. A fresh socket also makes sure that a late answer to an earlier request is never taken for one to the present.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from ..followed import FollowedStream
+from ..frame_queue import Barrier, FrameQueue, Item, Retire
+from ..logs import get_logger
+from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Verdict
+
+_END_OF_REPLAY = b"\xff" * 8
+_POLL_MS = 50
+_BURST_MESSAGES = 256
+_MONITORED = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+
+log = get_logger("zmq")
+
+
+class ZmqOptions(msgspec.Struct, frozen=True):
+    """How to reach one publisher. `replay_endpoint` empty: none. Sizes in messages and bytes, times in ms."""
+
+    endpoint: str
+    replay_endpoint: str = ""
+    topic: str = ""
+    bind: bool = False
+    receive_hwm: int = 100_000
+    max_message_bytes: int = 64 << 20
+    reconnect_min_ms: int = 100
+    reconnect_max_ms: int = 5_000
+    heartbeat_ms: int = 5_000
+
+
+class _Link:
+    """The sockets of one stream."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], stream: FollowedStream, options: ZmqOptions) -> None:
+        self.stream = stream
+        self.options = options
+        self._context = context
+        self.topic = options.topic.encode()
+        self.replay: zmq.Socket[bytes] | None = None
+        self.live = self._socket(zmq.SUB)
+        self.live.setsockopt(zmq.SUBSCRIBE, self.topic)
+        self.monitor = self.live.get_monitor_socket(_MONITORED)
+        if options.bind:
+            self.live.bind(options.endpoint)
+        else:
+            self.live.connect(options.endpoint)
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        options = self.options
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.rcvhwm = options.receive_hwm
+        socket.maxmsgsize = options.max_message_bytes
+        socket.reconnect_ivl = options.reconnect_min_ms
+        socket.reconnect_ivl_max = options.reconnect_max_ms
+        if options.heartbeat_ms and not options.endpoint.startswith("inproc://"):
+            socket.heartbeat_ivl = options.heartbeat_ms
+            socket.heartbeat_timeout = 3 * options.heartbeat_ms
+        return socket
+
+    def ask(self, start: int) -> None:
+        self.stop_replay()
+        self.replay = self._socket(zmq.DEALER)
+        self.replay.connect(self.options.replay_endpoint)
+        self.replay.send_multipart([b"", start.to_bytes(8, "big")])
+
+    def stop_replay(self) -> None:
+        if self.replay is not None:
+            self.replay.close()
+            self.replay = None
+
+    def close(self) -> None:
+        self.stop_replay()
+        self.live.disable_monitor()
+        self.monitor.close()
+        self.live.close()
+
+
+class ZmqIntake(threading.Thread):
+    """The thread that owns all ZMQ sockets. Streams are added and removed while it runs."""
+
+    def __init__(self, queue: FrameQueue) -> None:
+        super().__init__(name="zmq-intake", daemon=True)
+        self._queue = queue
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._links: dict[str, _Link] = {}
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._stopping = False
+        self._out: list[Item] = []
+        self.error: BaseException | None = None
+
+    def add(self, stream: FollowedStream, options: ZmqOptions) -> None:
+        """Follow a stream. An endpoint that cannot be used is logged and tried again until it can."""
+        self._commands.put(lambda: self._open(stream, options))
+
+    def remove(self, name: str, *, retire: bool) -> None:
+        """Stop following a stream; `retire` also drops what its worker holds."""
+        self._commands.put(lambda: self._close(name, retire))
+
+    def barrier(self, stream: FollowedStream, barrier: Barrier) -> None:
+        """Queue a barrier behind everything received so far."""
+        self._commands.put(lambda: self._out.append((stream, barrier)))
+
+    def stop(self) -> None:
+        """End the thread; nothing more is received."""
+        self._stopping = True
+
+    def run(self) -> None:
+        try:
+            while not self._stopping:
+                self._step()
+        except BaseException as error:
+            self.error = error
+            log.critical("intake_failed", error=repr(error), exc_info=True)
+        finally:
+            for link in self._links.values():
+                link.close()
+            self._context.destroy(linger=0)
+
+    def _step(self) -> None:
+        self._obey()
+        poller = zmq.Poller()
+        for link in self._links.values():
+            poller.register(link.live, zmq.POLLIN)
+            poller.register(link.monitor, zmq.POLLIN)
+            if link.replay is not None:
+                poller.register(link.replay, zmq.POLLIN)
+        ready = {socket for socket, _ in poller.poll(_POLL_MS)}
+        now = time.monotonic_ns() // 1_000_000
+        for link in list(self._links.values()):
+            self._read_monitor(link, now)
+            if link.replay is not None and link.replay in ready:
+                self._read_replay(link, now)
+            if link.live in ready:
+                self._read_live(link, now)
+            self._carry_out(link, link.stream.state.tick(now))
+            state = link.stream.note_state()
+            if state is not None:
+                log.info("stream_state", source=link.stream.source, stream=link.stream.stream, state=state)
+        self._flush()
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except Empty:
+                return
+            command()
+
+    def _open(self, stream: FollowedStream, options: ZmqOptions) -> None:
+        try:
+            self._links[stream.stream] = _Link(self._context, stream, options)
+        except zmq.ZMQError as error:
+            log.error(
+                "endpoint_unusable", source=stream.source, stream=stream.stream, endpoint=options.endpoint, error=str(error)
+            )
+            timer = threading.Timer(options.reconnect_max_ms / 1000, self.add, (stream, options))
+            timer.daemon = True
+            timer.start()
+            return
+        log.info("stream_opened", source=stream.source, stream=stream.stream, endpoint=options.endpoint)
+
+    def _close(self, name: str, retire: bool) -> None:
+        link = self._links.pop(name, None)
+        if link is None:
+            return
+        link.close()
+        if retire:
+            self._out.append((link.stream, Retire()))
+        self._flush()
+
+    def _read_monitor(self, link: _Link, now: int) -> None:
+        """Connections before messages: the first message of a new connection must find its stream told."""
+        while link.monitor.poll(0):
+            message = recv_monitor_message(link.monitor)
+            if message["event"] == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._carry_out(link, link.stream.state.connected(now))
+            else:
+                self._carry_out(link, link.stream.state.disconnected(now))
+
+    def _read_live(self, link: _Link, now: int) -> None:
+        receive = link.live.recv_multipart
+        stream = link.stream
+        intake = stream.intake
+        for _ in range(_BURST_MESSAGES):
+            try:
+                frames = receive(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            intake.messages += 1
+            if len(frames) != 3 or len(frames[1]) != 8:
+                intake.malformed += 1
+                log.warning(
+                    "message_malformed", source=stream.source, stream=stream.stream, frames=[len(f) for f in frames]
+                )
+                continue
+            payload = frames[2]
+            intake.bytes += len(payload)
+            self._carry_out(link, stream.state.live(int.from_bytes(frames[1], "big"), payload, now))
+        self._flush()
+
+    def _read_replay(self, link: _Link, now: int) -> None:
+        state = link.stream.state
+        socket = link.replay
+        for _ in range(_BURST_MESSAGES):
+            if socket is None or link.replay is not socket:
+                return
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if len(frames) < 2 or len(frames[-2]) != 8:
+                link.stream.intake.malformed += 1
+                continue
+            if frames[-2] == _END_OF_REPLAY:
+                self._carry_out(link, state.replay_ended(now))
+                break
+            if len(frames) >= 4 and not frames[-3].startswith(link.topic):
+                continue
+            self._carry_out(link, state.replayed(int.from_bytes(frames[-2], "big"), frames[-1], now))
+        self._flush()
+
+    def _carry_out(self, link: _Link, verdicts: list[Verdict]) -> None:
+        for verdict in verdicts:
+            if isinstance(verdict, Apply):
+                self._out.append((link.stream, verdict))
+            elif isinstance(verdict, AskReplay):
+                log.debug("replay_asked", source=link.stream.source, stream=link.stream.stream, start=verdict.start)
+                link.ask(verdict.start)
+            elif isinstance(verdict, StopReplay):
+                link.stop_replay()
+            else:
+                self._report(link, verdict)
+                self._out.append((link.stream, verdict))
+
+    def _report(self, link: _Link, verdict: NewEpoch | Fence) -> None:
+        stream = link.stream
+        if isinstance(verdict, NewEpoch):
+            log.info(
+                "epoch_started", source=stream.source, stream=stream.stream, epoch=verdict.epoch, reason=verdict.reason
+            )
+        else:
+            log.warning(
+                "worker_fenced",
+                source=stream.source,
+                stream=stream.stream,
+                epoch=stream.state.epoch,
+                seq=verdict.seq,
+                reason=verdict.reason,
+            )
+
+    def _flush(self) -> None:
+        """Hand over what the verdicts produced. Waits while the queue is full: nothing is read meanwhile."""
+        if self._out:
+            items, self._out = self._out, []
+            self._queue.put_many(items)

@@ -1,0 +1,318 @@
+"""The writer: the one thread that owns the backend.
+
+It takes verdicts from the queue, translates their payloads, and applies what they come to together with the cursors of their
+streams, many messages a transaction. A commit that finds no room is tried again until it succeeds: nothing is skipped, and
+the full queue stops the intake meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import msgspec
+
+from kvcensus.backends.errors import BackendFull
+from kvcensus.backends.interface import IndexBackend
+from kvcensus.backends.model import ApplyResult, ClearBlocks, Cursor, Operation, StoreRun
+from kvcensus.translators.translation import Rejection, RejectReason, Translation, worker_id_of
+
+from .counters import WriterCounters
+from .followed import FollowedStream, now_ms
+from .frame_queue import Barrier, FrameQueue, Item, Retire
+from .logs import get_logger
+from .status import Trust
+from .streams.verdicts import Apply, Fence, NewEpoch, fingerprint
+
+_TAKE_MESSAGES = 512
+_IDLE_WAIT_S = 0.2
+_RETRY_FULL_S = 1.0
+_LOG_EVERY_S = 10.0
+
+_HARMLESS = {RejectReason.MEDIUM, RejectReason.BLOCK_HASH}
+"""Rejections that cannot leave a block in the index that the worker has dropped: it was never stored."""
+
+log = get_logger("writer")
+
+
+class WriterOptions(msgspec.Struct, frozen=True):
+    """When a transaction closes: after so many blocks or so many ms. `reclaim_rows` are looked at in each idle step."""
+
+    commit_max_blocks: int = 16_384
+    commit_max_ms: int = 20
+    reclaim_rows: int = 5_000
+
+
+class _Progress:
+    """What a batch makes of a stream's cursor."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        self.cursor = cursor
+        self.payload: bytes | None = None
+        self.engine_ms: list[int] = []
+        self.seq = cursor.seq
+        self.messages = cursor.messages
+        self.stored = cursor.blocks_stored
+        self.removed = cursor.blocks_removed
+        self.facts = cursor.facts
+        self.rank = cursor.rank
+        self.worker_id = cursor.worker_id
+        self.trust = cursor.trust
+        self.reason = cursor.reason
+        self.since_ms = cursor.since_ms
+        self.epoch = cursor.epoch
+        self.fingerprint = cursor.fingerprint
+
+    def set_trust(self, trust: Trust, reason: str) -> None:
+        if trust != self.trust or reason != self.reason:
+            self.trust, self.reason, self.since_ms = trust, reason, now_ms()
+
+    def advanced(self) -> Cursor:
+        return msgspec.structs.replace(
+            self.cursor,
+            epoch=self.epoch,
+            seq=self.seq,
+            fingerprint=self.fingerprint if self.payload is None else fingerprint(self.payload),
+            worker_id=self.worker_id,
+            rank=self.rank,
+            engine_ms=max(self.engine_ms, default=self.cursor.engine_ms),
+            committed_ms=now_ms(),
+            messages=self.messages,
+            blocks_stored=self.stored,
+            blocks_removed=self.removed,
+            trust=self.trust,
+            reason=self.reason,
+            since_ms=self.since_ms,
+            facts=self.facts,
+        )
+
+
+class Writer(threading.Thread):
+    """Applies the queue to the backend until the queue is closed and empty."""
+
+    def __init__(self, backend: IndexBackend, queue: FrameQueue, options: WriterOptions) -> None:
+        super().__init__(name="writer", daemon=True)
+        self._backend = backend
+        self._queue = queue
+        self._options = options
+        self._abandon = False
+        self._operations: list[Operation] = []
+        self._progress: dict[FollowedStream, _Progress] = {}
+        self._retired: list[FollowedStream] = []
+        self._barriers: list[Barrier] = []
+        self._blocks = 0
+        self._muffled: dict[tuple[str, str], tuple[float, int]] = {}
+        self.counters = WriterCounters()
+        self.error: BaseException | None = None
+        self.full: str = ""
+
+    def abandon(self) -> None:
+        """Stop without applying what is still queued: the deadline of a shutdown has passed."""
+        self._abandon = True
+        self._queue.close()
+
+    def run(self) -> None:
+        try:
+            while not self._abandon and self._step():
+                pass
+        except BaseException as error:
+            self.error = error
+            log.critical("writer_failed", error=repr(error), exc_info=True)
+            self._queue.close()
+
+    def _step(self) -> bool:
+        """Gather one transaction's worth of work and commit it. False when there will be no more."""
+        deadline = None
+        wait_s = _IDLE_WAIT_S
+        while True:
+            items = self._queue.take(_TAKE_MESSAGES, wait_s)
+            for item in items:
+                self._gather(item)
+            now = time.monotonic()
+            if deadline is None:
+                if not items:
+                    if self._queue.closed:
+                        return False
+                    self._backend.reclaim(self._options.reclaim_rows)
+                    return True
+                deadline = now + self._options.commit_max_ms / 1000
+            wait_s = deadline - now
+            if self._blocks >= self._options.commit_max_blocks or wait_s <= 0 or self._barriers:
+                break
+        self._commit()
+        return True
+
+    def _gather(self, item: Item) -> None:
+        stream, what = item
+        if isinstance(what, Apply):
+            self._apply(stream, what)
+        elif isinstance(what, NewEpoch):
+            self._begin_epoch(stream, what)
+        elif isinstance(what, Fence):
+            self._fence(stream, what)
+        elif isinstance(what, Barrier):
+            self._barriers.append(what)
+        elif isinstance(what, Retire):
+            self._retire(stream)
+
+    def _progress_of(self, stream: FollowedStream) -> _Progress:
+        progress = self._progress.get(stream)
+        if progress is None:
+            progress = self._progress[stream] = _Progress(stream.cursor)
+        return progress
+
+    def _clear(self, progress: _Progress) -> None:
+        if progress.worker_id:
+            self._operations.append(ClearBlocks(progress.worker_id))
+
+    def _begin_epoch(self, stream: FollowedStream, new: NewEpoch) -> None:
+        progress = self._progress_of(stream)
+        self._clear(progress)
+        progress.epoch, progress.seq, progress.payload, progress.fingerprint = new.epoch, -1, None, b""
+        progress.messages = progress.stored = progress.removed = progress.facts = 0
+        progress.set_trust(Trust.FRESH, "")
+
+    def _fence(self, stream: FollowedStream, fence: Fence) -> None:
+        progress = self._progress_of(stream)
+        self._clear(progress)
+        if fence.seq != progress.seq:
+            progress.seq, progress.payload, progress.fingerprint = fence.seq, None, b""
+        progress.set_trust(Trust.UNTRUSTED, fence.reason)
+
+    def _retire(self, stream: FollowedStream) -> None:
+        progress = self._progress.pop(stream, None) or _Progress(stream.cursor)
+        self._clear(progress)
+        self._retired.append(stream)
+
+    def _apply(self, stream: FollowedStream, message: Apply) -> None:
+        progress = self._progress_of(stream)
+        translation = stream.translator.translate(message.payload, progress.facts)
+        applied = stream.applied
+        progress.seq = message.seq
+        progress.payload = message.payload
+        progress.messages += 1
+        applied.messages += 1
+        self._check_rank(stream, progress, translation, message)
+        progress.facts = translation.facts
+        if translation.engine_ms:
+            progress.engine_ms.append(translation.engine_ms)
+        events = applied.events
+        events["stored"] += translation.stored_events
+        events["removed"] += translation.removed_events
+        events["cleared"] += translation.cleared_events
+        self._blocks += 1
+        for operation in translation.operations:
+            if isinstance(operation, ClearBlocks):
+                if operation.tier is None:
+                    progress.set_trust(Trust.FRESH, "")
+                continue
+            blocks = len(operation.block_hashes)
+            self._blocks += blocks
+            if isinstance(operation, StoreRun):
+                progress.stored += blocks
+                applied.blocks_stored += blocks
+            else:
+                progress.removed += blocks
+                applied.blocks_removed += blocks
+        self._operations += translation.operations
+        for rejection in translation.rejections:
+            self._reject(stream, progress, message.seq, rejection)
+
+    def _check_rank(
+        self, stream: FollowedStream, progress: _Progress, translation: Translation, message: Apply
+    ) -> None:
+        """A stream is of one rank: the configured one, or that of its first message."""
+        if any(rejection.event is None for rejection in translation.rejections):
+            return
+        rank = translation.rank
+        if not progress.worker_id and (stream.rank is None or rank == stream.rank):
+            progress.rank = rank
+            progress.worker_id = worker_id_of(stream.source, rank)
+        expected = stream.rank if stream.rank is not None else progress.rank
+        if rank != expected:
+            translation.operations.clear()
+            translation.rejections.append(
+                Rejection(
+                    RejectReason.RANK,
+                    f"data-parallel rank is {rank}, this stream's is {expected}",
+                    field="data_parallel_rank",
+                    raw=message.payload,
+                )
+            )
+
+    def _reject(self, stream: FollowedStream, progress: _Progress, seq: int, rejection: Rejection) -> None:
+        stream.applied.rejections[rejection.reason] += 1
+        if rejection.reason not in _HARMLESS:
+            progress.set_trust(Trust.UNTRUSTED, f"message {seq} was refused: {rejection.detail}"[:300])
+        now = time.monotonic()
+        key = (stream.stream, rejection.reason)
+        quiet_until, muffled = self._muffled.get(key, (0.0, 0))
+        if now < quiet_until:
+            self._muffled[key] = (quiet_until, muffled + 1)
+            return
+        self._muffled[key] = (now + _LOG_EVERY_S, 0)
+        log.warning(
+            "event_refused" if rejection.event is not None else "message_refused",
+            source=stream.source,
+            stream=stream.stream,
+            epoch=progress.epoch,
+            seq=seq,
+            reason=rejection.reason,
+            field=rejection.field,
+            detail=rejection.detail,
+            not_logged=muffled,
+        )
+
+    def _commit(self) -> None:
+        cursors = {stream: progress.advanced() for stream, progress in self._progress.items()}
+        started = time.perf_counter()
+        result = self._apply_until_done(list(cursors.values()))
+        if result is None:
+            return
+        for stream in self._retired:
+            self._backend.forget_stream(stream.stream)
+        self.counters.commits += 1
+        self.counters.commit_s.observe(time.perf_counter() - started)
+        self._count(result)
+        committed_s = time.time()
+        for stream, cursor in cursors.items():
+            stream.cursor = cursor
+            lag = stream.applied.lag_s
+            for engine_ms in self._progress[stream].engine_ms:
+                lag.observe(max(0.0, committed_s - engine_ms / 1000))
+        for barrier in self._barriers:
+            barrier.committed.set()
+        self._operations = []
+        self._progress = {}
+        self._retired = []
+        self._barriers = []
+        self._blocks = 0
+
+    def _apply_until_done(self, cursors: list[Cursor]) -> ApplyResult | None:
+        """Apply the batch, waiting for room as long as it takes. None when told to stop meanwhile."""
+        while True:
+            try:
+                result = self._backend.apply(self._operations, cursors)
+            except BackendFull as error:
+                self.counters.commit_errors += 1
+                if not self.full:
+                    log.error("backend_full", backend=self._backend.name(), detail=str(error))
+                self.full = str(error)
+                if self._abandon:
+                    return None
+                time.sleep(_RETRY_FULL_S)
+                continue
+            if self.full:
+                log.info("backend_has_room", backend=self._backend.name())
+                self.full = ""
+            return result
+
+    def _count(self, result: ApplyResult) -> None:
+        counters = self.counters
+        counters.blocks_stored += result.stored
+        counters.copies_added += result.copies_added
+        counters.refreshed += result.refreshed
+        counters.blocks_removed += result.removed
+        counters.copies_removed += result.copies_removed
+        counters.unknown_removals += result.unknown_removals
+        counters.blocks_cleared += result.cleared
