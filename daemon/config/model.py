@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Annotated
 
 import msgspec
+
 from kvcensus.backends.lmdb import Durability
 from kvcensus.backends.lmdb.files import MAP_SIZE
 from kvcensus.backends.model import CacheTier
