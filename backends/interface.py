@@ -88,7 +88,7 @@ class IndexBackend(ABC):
 
     @abstractmethod
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
-        """For each worker and tier that holds any of it, how many of these consecutive blocks it could serve."""
+        """How many of these consecutive blocks each worker could serve, by tier. Those that could serve none are left out."""
 
     @abstractmethod
     def holdings(self) -> list[Holding]:

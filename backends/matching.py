@@ -13,6 +13,7 @@ Held blocks are bit masks: bit i says that the i-th hash asked for is held.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -34,17 +35,23 @@ def leading_ones(mask: int) -> int:
     return (~mask & (mask + 1)).bit_length() - 1
 
 
-def longest_step(specs: Iterable[GroupSpec]) -> int:
-    """How many positions may pass between two hashes of one chain: the largest block of a worker over its smallest."""
-    sizes = [spec.block_size for spec in specs if spec.block_size]
+def patience(specs: Mapping[tuple[str, int], GroupSpec]) -> int:
+    """After how many hashes in a row that nobody holds no prefix can grow any more. `specs` as in `worker_matches`.
+
+    A full-attention chain ends within the largest block over the smallest. Without one, a prefix may begin anywhere.
+    """
+    full = {worker_id for (worker_id, _), spec in specs.items() if spec.kind is GroupKind.FULL}
+    if any(worker_id not in full for worker_id, _ in specs):
+        return sys.maxsize
+    sizes = [spec.block_size for spec in specs.values() if spec.block_size]
     return max(sizes) // min(sizes) if sizes else 1
 
 
 def worker_matches(held: Iterable[Held], specs: Mapping[tuple[str, int], GroupSpec]) -> list[WorkerMatch]:
-    """The prefix of each worker, sorted by the longest first, then by worker id.
+    """The prefix of each worker that can serve any, sorted by the longest first, then by worker id.
 
-    `specs` has what is known of each (worker, group), including groups that hold none of the asked blocks: their absence
-    can rule a hit out.
+    `specs` has what is known of each (worker, group), including groups that hold none of the asked blocks: their
+    absence can rule a hit out.
     """
     workers: dict[str, dict[CacheTier, dict[int, int]]] = {}
     ranks: dict[str, int | None] = {}
@@ -58,20 +65,22 @@ def worker_matches(held: Iterable[Held], specs: Mapping[tuple[str, int], GroupSp
     matches = []
     for worker_id, tiers in workers.items():
         known = group_specs[worker_id]
-        lengths = {tier: prefix_length(masks, known) for tier, masks in tiers.items()}
+        lengths = {tier: blocks for tier, masks in tiers.items() if (blocks := prefix_length(masks, known))}
         union: dict[int, int] = {}
         for masks in tiers.values():
             for group, mask in masks.items():
                 union[group] = union.get(group, 0) | mask
-        any_tier = next(iter(lengths.values())) if len(tiers) == 1 else prefix_length(union, known)
-        matches.append(WorkerMatch(worker_id, ranks[worker_id], lengths, max(lengths.values()), any_tier))
+        longest = max(lengths.values(), default=0)
+        any_tier = longest if len(tiers) == 1 else prefix_length(union, known)
+        if any_tier:
+            matches.append(WorkerMatch(worker_id, ranks[worker_id], lengths, longest, any_tier))
     matches.sort(key=lambda match: (-match.blocks, -match.blocks_any_tier, match.worker_id))
     return matches
 
 
 def prefix_length(masks: Mapping[int, int], specs: Mapping[int, GroupSpec]) -> int:
     """The longest prefix that all groups of a worker allow, in blocks. `masks` and `specs` are by group number."""
-    if len(masks) == 1 and len(specs) <= 1:
+    if len(masks) == 1 and all(spec.kind is GroupKind.FULL for spec in specs.values()) and masks.keys() >= specs.keys():
         return leading_ones(next(iter(masks.values())))
     sizes = [spec.block_size for spec in specs.values() if spec.block_size]
     unit = min(sizes, default=0)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from .interface import IndexBackend
-from .matching import Held, longest_step, worker_matches
+from .matching import Held, patience, worker_matches
 from .model import (
     ROOT,
     TIER_NUMBER,
@@ -153,6 +153,8 @@ class _Place:
             for at, block_hash in enumerate(hashes):
                 if found[at] is not run or first.setdefault(block_hash, at) != at:
                     known.append(at)
+                    if at + 1 < len(hashes):
+                        self.link(block_hash, hashes[at + 1])
         if run.parent is not None and not (known and known[0] == 0):
             self.link(run.parent, hashes[0])
         self.records += new
@@ -264,19 +266,19 @@ class MemoryBackend(IndexBackend):
 
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
         with self._lock:
+            specs = self._specs()
+            stop = patience(specs)
             held = [
                 one
                 for places in self._places.values()
-                for one in _held_by(list(places.values()), scope, block_hashes)
+                for one in _held_by(list(places.values()), scope, block_hashes, stop)
             ]
-            return worker_matches(held, self._specs())
+            return worker_matches(held, specs)
 
     def holdings(self) -> list[Holding]:
         with self._lock:
             return [
-                Holding(
-                    place.worker_id, place.rank, place.tier, place.group, place.spec, place.records, place.bytes
-                )
+                Holding(place.worker_id, place.rank, place.tier, place.group, place.spec, place.records, place.bytes)
                 for place in self._every_place()
             ]
 
@@ -359,40 +361,33 @@ class MemoryBackend(IndexBackend):
             return run.scope, None
         if run.parent == ROOT:
             return run.scope, 0
-        own = self._own_record(run, run.parent)
-        if own is None:
+        found = self._own_record(run, run.parent)
+        if found is None:
             return run.scope, None
+        place, own = found
         scope = run.scope
         if run.tenant_from_parent and own.scope.tenant_id != scope.tenant_id:
-            scope = IdentityScope(
-                scope.model_id, scope.tokenizer_id, scope.adapter_id, own.scope.tenant_id
-            )
-        same_group = self._own_record(run, run.parent, run.group)
-        if same_group is None or same_group.index is None:
-            return scope, None
-        return scope, same_group.index + 1
+            scope = IdentityScope(scope.model_id, scope.tokenizer_id, scope.adapter_id, own.scope.tenant_id)
+        return scope, None if place.group != run.group or own.index is None else own.index + 1
 
-    def _own_record(self, run: StoreRun, block_hash: bytes, group: int | None = None) -> _Record | None:
-        """The worker's record of a block that says most about a run: same group first, then own tier, then the fastest."""
+    def _own_record(self, run: StoreRun, block_hash: bytes) -> tuple[_Place, _Record] | None:
+        """The worker's record of a block that says most about a run: same group, then own tier, then the fastest."""
         places = self._places.get(run.worker_id, {})
         best = None
         for place in places.values():
-            if group is not None and place.group != group:
-                continue
             known = place.blocks.get(block_hash)
             if known is None:
                 continue
             order = (place.group != run.group, place.tier is not run.tier, TIER_NUMBER[place.tier], place.group)
             if best is None or order < best[0]:
                 best = (order, place)
-        return None if best is None else min(best[1].records_of(block_hash), key=_scope_order)
+        return None if best is None else (best[1], min(best[1].records_of(block_hash), key=_scope_order))
 
     def _placed_by_sibling(self, run: StoreRun, block_hash: bytes) -> _Record:
-        own = self._own_record(run, block_hash)
-        if own is None:
-            return _Record(
-                run.scope, None, None, run.token_count, 1, run.at_ms, run.bytes_per_block, False
-            )
+        found = self._own_record(run, block_hash)
+        if found is None:
+            return _Record(run.scope, None, None, run.token_count, 1, run.at_ms, run.bytes_per_block, False)
+        _, own = found
         same_size = run.token_count in (0, own.token_count)
         return _Record(
             own.scope,
@@ -424,8 +419,8 @@ class MemoryBackend(IndexBackend):
             same.index if record.index is None else record.index,
             record.token_count or same.token_count,
             same.ref_count + run.count_copies,
-            record.at_ms,
-            record.bytes,
+            record.at_ms or same.at_ms,
+            record.bytes or same.bytes,
             same.pinned,
         )
         place.replace(block_hash, old, tuple(merged if other is same else other for other in old))
@@ -434,8 +429,7 @@ class MemoryBackend(IndexBackend):
         places = [
             place
             for (tier, group), place in self._places.get(removal.worker_id, {}).items()
-            if (removal.tier is None or tier is removal.tier)
-            and (removal.group is None or group == removal.group)
+            if (removal.tier is None or tier is removal.tier) and (removal.group is None or group == removal.group)
         ]
         for block_hash in removal.block_hashes:
             found = 0
@@ -471,11 +465,10 @@ def _scope_order(record: _Record) -> tuple[str, str, bool, str, str]:
 
 
 def _held_by(
-    places: Sequence[_Place], scope: IdentityScope | None, block_hashes: Sequence[bytes]
+    places: Sequence[_Place], scope: IdentityScope | None, block_hashes: Sequence[bytes], stop: int
 ) -> Iterator[Held]:
-    """Which of the hashes one worker holds, up to where no place of it can continue the chain."""
+    """Which of the hashes one worker holds, up to where it misses `stop` of them in a row."""
     masks = [0] * len(places)
-    patience = longest_step(place.spec for place in places)
     missed = 0
     for number, block_hash in enumerate(block_hashes):
         missed += 1
@@ -484,7 +477,7 @@ def _held_by(
             if known is not None and (scope is None or _in_scope(known, scope)):
                 masks[at] |= 1 << number
                 missed = 0
-        if missed >= patience:
+        if missed >= stop:
             break
     for place, mask in zip(places, masks):
         if mask:

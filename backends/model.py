@@ -223,8 +223,8 @@ class Holding(msgspec.Struct, frozen=True):
 class WorkerMatch(msgspec.Struct, frozen=True):
     """For one worker, the prefix that it could serve, in blocks.
 
-    `tiers` has the prefix within each tier alone, `blocks` the longest of these, and `blocks_any_tier` the prefix of
-    which every block lies on some tier.
+    `tiers` has the prefix within each tier alone, where there is any, `blocks` the longest of these, and
+    `blocks_any_tier` the prefix of which every block lies on some tier.
     """
 
     worker_id: str

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import lmdb
 import msgspec
+
+import lmdb
 
 from ..errors import BackendError, BackendFull
 from ..interface import IndexBackend
@@ -59,14 +60,13 @@ class LmdbBackend(IndexBackend):
         try:
             self.discarded_after_crash = discard_if_machine_crashed(directory)
             remove_stale_snapshots(directory)
-            note_writer(directory, durability, clean=False)
             self._env, self._tables = open_writer(directory, durability, map_size)
-            self._env.reader_check()
             self._reader = LmdbReader(self._env, self._tables)
             self._catalog = self._load_catalog()
         except BaseException:
             self._owner.release()
             raise
+        self._totals = self._catalog.totals()
         self._puts = self._removes = self._bytes_written = 0
 
     def _load_catalog(self) -> WriterCatalog:
@@ -95,6 +95,7 @@ class LmdbBackend(IndexBackend):
             if isinstance(error, lmdb.Error):
                 raise BackendError(f"{self._directory}: {error}") from error
             raise
+        self._totals = self._catalog.totals()
         result = batch.result
         self._puts += result.stored + result.copies_added + result.refreshed
         self._removes += result.copies_removed
@@ -127,7 +128,7 @@ class LmdbBackend(IndexBackend):
 
     def clear(self) -> None:
         def change(txn: lmdb.Transaction, batch: Batch) -> None:
-            for worker_id in {holding.worker_id for holding in self.holdings()}:
+            for worker_id in self._catalog.workers():
                 batch.clear(ClearBlocks(worker_id))
             for table in (self._tables.blocks, self._tables.dead):
                 txn.drop(table, delete=False)
@@ -165,13 +166,11 @@ class LmdbBackend(IndexBackend):
         return self._reader.snapshot(self._directory)
 
     def __len__(self) -> int:
-        return self._catalog.totals()[0]
+        return self._totals[0]
 
     def metrics(self) -> IndexMetrics:
-        records, size = self._catalog.totals()
-        return IndexMetrics(
-            records, size, self._puts, self._removes, self._reader.prefix_scans, self._bytes_written
-        )
+        records, size = self._totals
+        return IndexMetrics(records, size, self._puts, self._removes, self._reader.prefix_scans, self._bytes_written)
 
     def stored_bytes(self) -> int:
         return (self._directory / INDEX_FILE).stat().st_blocks * 512

@@ -128,6 +128,8 @@ class Batch:
         parent = run.parent
         index = -1 if base is None else base
         new = 0
+        if parent is not None and rows[keys[0]] is None:
+            self._link(parent, hashes[0])
         for at, key in enumerate(keys):
             block_hash = hashes[at]
             child = b"" if at == last else hashes[at + 1]
@@ -153,8 +155,6 @@ class Batch:
             parent = block_hash
             if index >= 0:
                 index += 1
-        if run.parent is not None:
-            self._links[link_key(run.parent, hashes[0])] = True
         self._catalog.count(place, new, new * run.bytes_per_block)
         self.result.stored += new
 
@@ -172,17 +172,13 @@ class Batch:
             tenant = self._catalog.scopes.scope(self._txn, own.scope).tenant_id
             if tenant != scope.tenant_id:
                 scope = IdentityScope(scope.model_id, scope.tokenizer_id, scope.adapter_id, tenant)
-        same_group = self._own_entry(run, key, run.group)
-        if same_group is None or same_group.index < 0:
-            return scope, None
-        return scope, same_group.index + 1
+        same_group = self._catalog.rows[own.place].group == run.group
+        return scope, own.index + 1 if same_group and own.index >= 0 else None
 
-    def _own_entry(self, run: StoreRun, key: bytes, group: int | None = None) -> Entry | None:
-        """The worker's entry of a block that says most about a run: same group first, then own tier, then the fastest."""
+    def _own_entry(self, run: StoreRun, key: bytes) -> Entry | None:
+        """The worker's entry of a block that says most about a run: same group, then own tier, then the fastest."""
         own = self._catalog.places_of(run.worker_id)
         entries = [entry for entry in self._live_entries(key) if entry.place in own]
-        if group is not None:
-            entries = [entry for entry in entries if own[entry.place].group == group]
         if len(entries) < 2:
             return entries[0] if entries else None
 
@@ -229,8 +225,8 @@ class Batch:
         entries = [other for other in old if other.place in live]
         for at, same in enumerate(entries):
             if same.place == entry.place and same.scope == entry.scope:
-                entries[at] = _merged(same, entry, run.count_copies)
-                self._catalog.count(entry.place, 0, entries[at].copies * entry.bytes - same.copies * same.bytes)
+                merged = entries[at] = _merged(same, entry, run.count_copies)
+                self._catalog.count(entry.place, 0, merged.copies * merged.bytes - same.copies * same.bytes)
                 if run.count_copies:
                     self.result.copies_added += 1
                 else:
@@ -240,33 +236,41 @@ class Batch:
             entries.append(entry)
             self._catalog.count(entry.place, 1, entry.bytes)
             self.result.stored += 1
-        if child and old_child and child != old_child:
-            self._links[link_key(block_hash, child)] = True
         self._write_entries(key, block_hash, old_child or child, old, entries)
+        if child:
+            self._link(block_hash, child)
 
     def _write_entries(
         self, key: bytes, block_hash: bytes, child: bytes, old: list[Entry], entries: list[Entry]
     ) -> None:
         """Write a block's entries; keeps the links from its parents and, when the row goes, the one to its child."""
+        self._set_row(key, pack_row(child, entries) if entries else None)
+        live = self._catalog.rows
         parents = {entry.parent for entry in entries}
         for parent in {entry.parent for entry in old} - parents:
             if parent is not None:
                 self._links[link_key(parent, block_hash)] = False
-        for parent in parents:
-            if parent is not None and all(entry.parent != parent for entry in old):
-                self._links[link_key(parent, block_hash)] = True
-        if entries:
-            self._set_row(key, pack_row(child, entries))
-            return
-        self._set_row(key, None)
-        if child and any(entry.parent == block_hash for entry in self._live_entries(row_key(child))):
+        for parent in parents - {entry.parent for entry in old if entry.place in live}:
+            if parent is not None:
+                self._link(parent, block_hash)
+        if not entries and child and any(e.parent == block_hash for e in self._live_entries(row_key(child))):
             self._links[link_key(block_hash, child)] = True
+
+    def _link(self, parent: bytes, child: bytes) -> None:
+        """Make a child findable from its parent: inside the parent's row if that is at hand and has room, else by a key."""
+        key = row_key(parent)
+        row = self._rows.get(key)
+        if row is not None:
+            if row[0] == 0:
+                self._set_row(key, _LENGTH[len(child)] + child + row[1:])
+                return
+            if row[1 : 1 + row[0]] == child:
+                return
+        self._links[link_key(parent, child)] = True
 
     def _remove(self, removal: RemoveBlocks, keys: list[bytes]) -> None:
         places = {
-            number
-            for number, row in self._catalog.places_of(removal.worker_id).items()
-            if _concerns(row, removal)
+            number for number, row in self._catalog.places_of(removal.worker_id).items() if _concerns(row, removal)
         }
         live = self._catalog.rows
         for key, block_hash in zip(keys, removal.block_hashes):
@@ -350,17 +354,15 @@ def _merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:
         same.copies + count_copies,
         same.index if entry.index < 0 else entry.index,
         entry.tokens or same.tokens,
-        entry.at_ms,
-        entry.bytes,
+        entry.at_ms or same.at_ms,
+        entry.bytes or same.bytes,
         same.pinned,
         same.parent if entry.parent is None else entry.parent,
     )
 
 
 def _concerns(row: PlaceRow, removal: RemoveBlocks) -> bool:
-    return (removal.tier is None or row.tier is removal.tier) and (
-        removal.group is None or row.group == removal.group
-    )
+    return (removal.tier is None or row.tier is removal.tier) and (removal.group is None or row.group == removal.group)
 
 
 def _keys_of(operation: Operation) -> list[bytes]:

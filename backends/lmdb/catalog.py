@@ -9,8 +9,9 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import NamedTuple
 
-import lmdb
 import msgspec
+
+import lmdb
 
 from ..model import CacheTier, GroupSpec, IdentityScope
 from .rows import COUNT, PLACE, PlaceRow
@@ -124,9 +125,7 @@ class WriterCatalog:
         self._changed_counts: set[int] = set()
         self._places_changed = False
 
-    def place(
-        self, txn: lmdb.Transaction, worker_id: str, rank: int | None, tier: CacheTier, group: int
-    ) -> int:
+    def place(self, txn: lmdb.Transaction, worker_id: str, rank: int | None, tier: CacheTier, group: int) -> int:
         """The number of a place, a new one if the worker has no such place."""
         number = self._numbers.get((worker_id, tier, group))
         if number is None:
@@ -134,6 +133,7 @@ class WriterCatalog:
             self._next_place += 1
             txn.put(_NEXT_PLACE_KEY, PLACE.pack(self._next_place), db=self._tables.meta)
             self.counts[number] = [0, 0]
+            self._changed_counts.add(number)
             self._numbers[worker_id, tier, group] = number
             self._write(txn, number, PlaceRow(worker_id, rank, tier, group, GroupSpec()))
         return number
@@ -149,6 +149,10 @@ class WriterCatalog:
         self._by_worker.setdefault(row.worker_id, {})[number] = row
         txn.put(PLACE.pack(number), _encode(row), db=self._tables.places)
         self._places_changed = True
+
+    def workers(self) -> list[str]:
+        """Every worker that has a live place."""
+        return list(self._by_worker)
 
     def places_of(self, worker_id: str) -> dict[int, PlaceRow]:
         """The live places of a worker."""
@@ -177,6 +181,8 @@ class WriterCatalog:
         records = self.counts.pop(number)[0]
         del self._numbers[row.worker_id, row.tier, row.group]
         del self._by_worker[row.worker_id][number]
+        if not self._by_worker[row.worker_id]:
+            del self._by_worker[row.worker_id]
         self._changed_counts.discard(number)
         key = PLACE.pack(number)
         txn.delete(key, db=self._tables.places)

@@ -1,7 +1,7 @@
 """The data directory: who owns it, what the machine was when it was written, and opening the LMDB file in it.
 
-    index.mdb, index.mdb-lock   the index               owner.lock   held by the one process that writes
-    boot.json                   how the last writer ran  snapshot-*   copies that a snapshot is being read from
+index.mdb, index.mdb-lock   the index               owner.lock   held by the one process that writes
+boot.json                   how the last writer ran  snapshot-*   copies that a snapshot is being read from
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
-import lmdb
 import msgspec
+
+import lmdb
 
 from ..errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
 from .catalog import Tables, number_of
@@ -99,6 +100,11 @@ def note_writer(directory: Path, durability: Durability, clean: bool) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+    folder = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def remove_stale_snapshots(directory: Path) -> None:
@@ -120,8 +126,13 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def open_writer(directory: Path, durability: Durability, map_size: int) -> tuple[lmdb.Environment, Tables]:
-    """Open or create the index for writing. Raises BackendFormat for a schema that is not ours, BackendCorrupt, BackendError."""
+    """Open or create the index for writing, and note it. A file that is refused, and what was noted of it, stay as they are.
+
+    Raises BackendFormat for a schema that is not ours, BackendCorrupt, BackendError.
+    """
     path = directory / INDEX_FILE
+    if not path.exists():
+        note_writer(directory, durability, clean=False)
     with _named_errors(path):
         env = lmdb.open(
             str(path),
@@ -135,13 +146,15 @@ def open_writer(directory: Path, durability: Durability, map_size: int) -> tuple
             metasync=durability is Durability.FULL,
         )
         try:
-            is_new = env.stat()["entries"] == 0
-            if not is_new:
+            if env.stat()["entries"]:
                 _check_schema(env, path)
-            tables = Tables(*(env.open_db(name.encode()) for name in Tables._fields))
-            if is_new:
-                with env.begin(write=True) as txn:
-                    txn.put(_SCHEMA_KEY, SCHEMA.to_bytes(4, "big"), db=tables.meta)
+            else:
+                _create_tables(env)
+            tables = _open_tables(env)
+            if durability is not Durability.PROCESS:
+                env.sync(True)
+            note_writer(directory, durability, clean=False)
+            env.reader_check()
         except BaseException:
             env.close()
             raise
@@ -166,16 +179,27 @@ def open_reader(path: Path, *, lock: bool = True) -> tuple[lmdb.Environment, Tab
             if lock and "no reader locks" in env.readers():
                 raise BackendError(f"{path}: the mount is read-only, so LMDB cannot lock and would read wrong data")
             _check_schema(env, path)
-            return env, Tables(*(env.open_db(name.encode(), create=False) for name in Tables._fields))
+            return env, _open_tables(env)
         except BaseException:
             env.close()
             raise
 
 
+def _create_tables(env: lmdb.Environment) -> None:
+    """All in one transaction: a file has the whole schema or is empty."""
+    with env.begin(write=True) as txn:
+        tables = Tables(*(env.open_db(name.encode(), txn=txn) for name in Tables._fields))
+        txn.put(_SCHEMA_KEY, SCHEMA.to_bytes(4, "big"), db=tables.meta)
+
+
+def _open_tables(env: lmdb.Environment) -> Tables:
+    return Tables(*(env.open_db(name.encode(), create=False) for name in Tables._fields))
+
+
 def _check_schema(env: lmdb.Environment, path: Path) -> None:
     try:
         meta = env.open_db(b"meta", create=False)
-    except lmdb.NotFoundError as error:
+    except (lmdb.NotFoundError, lmdb.IncompatibleError) as error:
         raise BackendFormat(f"{path} is an LMDB file, but not an index of kvcensus") from error
     with env.begin() as txn:
         schema = number_of(txn, meta, _SCHEMA_KEY)

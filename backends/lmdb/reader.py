@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import lmdb
 import msgspec
 
+import lmdb
+
 from ..errors import BackendError
-from ..matching import Held, longest_step, worker_matches
+from ..matching import Held, patience, worker_matches
 from ..model import (
     CacheResidency,
     Cursor,
@@ -103,7 +104,7 @@ class LmdbReader:
                 number = self._scopes.number(txn, scope)
                 if number is None:
                     return []
-            masks = self._masks(txn, places, number, block_hashes, longest_step(specs.values()))
+            masks = self._masks(txn, places, number, block_hashes, patience(specs))
         held = [
             Held(row.worker_id, row.rank, row.tier, row.group, mask)
             for place, mask in masks.items()
@@ -117,7 +118,7 @@ class LmdbReader:
         places: dict[int, PlaceRow],
         scope: int | None,
         block_hashes: Sequence[bytes],
-        patience: int,
+        stop: int,
     ) -> dict[int, int]:
         """Which of the hashes each place holds, as bits. Stops at a chunk whose end nobody holds."""
         cursor = txn.cursor(self._tables.blocks)
@@ -135,7 +136,7 @@ class LmdbReader:
                     if (scope is None or holder_scope == scope) and place in places:
                         masks[place] = masks.get(place, 0) | bit
                         last_held = at
-            if last_held < len(keys) - patience:
+            if last_held < len(keys) - stop:
                 break
         return masks
 
