@@ -3,8 +3,8 @@
     events as positional arrays   ["BlockStored", …]            vLLM 0.9.0 to 0.23.0     SGLang 0.4.6.post5 to 0.5.19
     events as maps                {"type": "BlockStored", …}    vLLM since 0.24.0        SGLang since 0.5.20
 
-One typed pass decodes a payload of either family. One that it refuses is taken apart event by event, so that a bad event
-costs only itself. Items past the end of a known array and unknown keys of a map are ignored.
+One typed pass decodes a payload of either family. One that it refuses is taken apart event by event: a bad event costs
+only itself. Items past the end of a known array and unknown keys of a map are ignored.
 """
 
 from __future__ import annotations
@@ -178,8 +178,11 @@ class WireDecoder(Generic[EventT]):
 
 
 def raw_event(payload: bytes, position: int) -> bytes:
-    """The bytes of one event of a payload that was decoded."""
-    return bytes(_decode_envelope(payload).events[position])
+    """The bytes of one event of a payload that was decoded; all of them if they cannot be told apart any more."""
+    try:
+        return bytes(_decode_envelope(payload).events[position])
+    except UNDECODABLE:
+        return payload
 
 
 def _type_of(raw: Raw, in_map: bool) -> str | None:
