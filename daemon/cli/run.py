@@ -13,7 +13,7 @@ import click
 from kvcensus.backends.errors import BackendBusy, BackendError, BackendFormat
 
 from ..config import EXIT_CONFIG, Config, ConfigError, config_from_flags, load_config
-from ..http import HttpServer, HttpSettings, make_app
+from ..http.server import HttpServer
 from ..logs import configure, get_logger
 from ..service import Service
 
@@ -139,9 +139,7 @@ class _Daemon:
         address = self._config.http.address()
         if address is None:
             return None
-        limits = self._config.http
-        settings = HttpSettings(limits.max_body_bytes, limits.max_hashes_per_query, limits.max_snapshots)
-        server = HttpServer(make_app(service, settings))
+        server = HttpServer(service, self._config.http)
         host, port = await server.start(*address)
         log.info("http_listening", host=host, port=port)
         return server
