@@ -139,7 +139,7 @@ def test_a_bad_line_is_named_after_the_good_ones(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
-    good = []
+    good: list[RecordedMessage] = []
     with pytest.raises(RecordingError) as refused:
         good.extend(Recording(path, max_line_bytes=300))
     assert str(refused.value).startswith(f"{path}:{number}: ")
