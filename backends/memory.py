@@ -39,11 +39,11 @@ from .model import (
 class _Record(NamedTuple):
     scope: IdentityScope
     parent: bytes | None
-    index: int | None
+    block_index: int | None
     token_count: int
     ref_count: int
     at_ms: int
-    bytes: int
+    size: int
     pinned: bool
 
 
@@ -56,13 +56,13 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
     base: int | None
     token_count: int
     at_ms: int
-    bytes: int
+    size: int
 
     def record(self, block_hash: bytes) -> _Record:
         place = self.hashes.index(block_hash)
         parent = self.hashes[place - 1] if place else self.parent
         index = None if self.base is None else self.base + place
-        return _Record(self.scope, parent, index, self.token_count, 1, self.at_ms, self.bytes, False)
+        return _Record(self.scope, parent, index, self.token_count, 1, self.at_ms, self.size, False)
 
     def next_of(self, block_hash: bytes) -> bytes | None:
         place = self.hashes.index(block_hash) + 1
@@ -115,7 +115,7 @@ class _Place:
     def children_of(self, parent: bytes) -> list[bytes]:
         """Hashes among which the children of a block are. A block that shares its run has its next one as a child."""
         linked = self.children.get(parent)
-        children = set(linked) if isinstance(linked, set) else {linked}
+        children: set[bytes | None] = set(linked) if isinstance(linked, set) else {linked}
         known = self.blocks.get(parent)
         if isinstance(known, _Run):
             children.add(known.next_of(parent))
@@ -135,7 +135,7 @@ class _Place:
             if record.parent is not None:
                 self.link(record.parent, block_hash)
         self.records += len(new) - len(old)
-        self.bytes += sum(r.bytes * r.ref_count for r in new) - sum(r.bytes * r.ref_count for r in old)
+        self.bytes += sum(r.size * r.ref_count for r in new) - sum(r.size * r.ref_count for r in old)
         if new:
             self.blocks[block_hash] = new
         else:
@@ -158,7 +158,7 @@ class _Place:
         if run.parent is not None and not (known and known[0] == 0):
             self.link(run.parent, hashes[0])
         self.records += new
-        self.bytes += run.bytes * new
+        self.bytes += run.size * new
         return new, known
 
 
@@ -368,7 +368,7 @@ class MemoryBackend(IndexBackend):
         scope = run.scope
         if run.tenant_from_parent and own.scope.tenant_id != scope.tenant_id:
             scope = IdentityScope(scope.model_id, scope.tokenizer_id, scope.adapter_id, own.scope.tenant_id)
-        return scope, None if place.group != run.group or own.index is None else own.index + 1
+        return scope, None if place.group != run.group or own.block_index is None else own.block_index + 1
 
     def _own_record(self, run: StoreRun, block_hash: bytes) -> tuple[_Place, _Record] | None:
         """The worker's record of a block that says most about a run: same group, then own tier, then the fastest."""
@@ -392,7 +392,7 @@ class MemoryBackend(IndexBackend):
         return _Record(
             own.scope,
             own.parent if same_size else None,
-            own.index if same_size else None,
+            own.block_index if same_size else None,
             own.token_count if same_size else run.token_count,
             1,
             run.at_ms,
@@ -416,11 +416,11 @@ class MemoryBackend(IndexBackend):
         merged = _Record(
             record.scope,
             same.parent if record.parent is None else record.parent,
-            same.index if record.index is None else record.index,
+            same.block_index if record.block_index is None else record.block_index,
             record.token_count or same.token_count,
             same.ref_count + run.count_copies,
             record.at_ms or same.at_ms,
-            record.bytes or same.bytes,
+            record.size or same.size,
             same.pinned,
         )
         place.replace(block_hash, old, tuple(merged if other is same else other for other in old))
@@ -495,10 +495,10 @@ def _residency(place: _Place, block_hash: bytes, record: _Record) -> CacheReside
         record.scope,
         block_hash,
         prefix_hash=record.parent,
-        block_index=record.index,
+        block_index=record.block_index,
         token_count=record.token_count,
         group=place.group,
     )
     return CacheResidency(
-        key, place.worker_id, place.tier, record.bytes, record.at_ms, record.ref_count, record.pinned, place.rank
+        key, place.worker_id, place.tier, record.size, record.at_ms, record.ref_count, record.pinned, place.rank
     )

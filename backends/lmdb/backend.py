@@ -79,7 +79,7 @@ class LmdbBackend(IndexBackend):
     def persistent(self) -> bool:
         return True
 
-    def _write(self, change: Callable[[lmdb.Transaction, Batch], T]) -> T:
+    def _write(self, change: Callable[[lmdb.Transaction[bytes], Batch], T]) -> T:
         """Run one change in one transaction. On an error nothing of it is kept, here or in the file."""
         try:
             with self._env.begin(write=True) as txn:
@@ -103,7 +103,7 @@ class LmdbBackend(IndexBackend):
         return outcome
 
     def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
-        def change(txn: lmdb.Transaction, batch: Batch) -> ApplyResult:
+        def change(txn: lmdb.Transaction[bytes], batch: Batch) -> ApplyResult:
             batch.run(operations)
             for cursor in cursors:
                 txn.put(cursor.stream.encode(), _encode(cursor), db=self._tables.streams)
@@ -127,7 +127,7 @@ class LmdbBackend(IndexBackend):
         return self.apply([ClearBlocks(worker_id)]).cleared
 
     def clear(self) -> None:
-        def change(txn: lmdb.Transaction, batch: Batch) -> None:
+        def change(txn: lmdb.Transaction[bytes], batch: Batch) -> None:
             for worker_id in self._catalog.workers():
                 batch.clear(ClearBlocks(worker_id))
             for table in (self._tables.blocks, self._tables.dead):

@@ -1,12 +1,9 @@
-"""One write transaction: operations applied to an overlay of rows, written once, in key order, at the end.
-
-Rows that the operations touch are fetched together beforehand, so a block costs one look-up and one insertion however
-often the batch touches it, and both in key order.
-"""
+"""One write transaction: operations applied in order to an overlay of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 from struct import Struct
 
 import lmdb
@@ -23,157 +20,138 @@ from ..model import (
     StoreRun,
 )
 from .catalog import Tables, WriterCatalog
-from .rows import ENTRY, PARENT_KNOWN, ROW, Entry, PlaceRow, link_key, pack_row, row_key, unpack_row
+from .overlay import Overlay
+from .rows import (
+    LENGTH,
+    PARENT_KNOWN,
+    ROW,
+    Entry,
+    PlaceRow,
+    holders,
+    pack_entry,
+    pack_row,
+    row_key,
+    sole_holder,
+    unpack_row,
+)
 
-_ENTRY_HEAD = Struct(">III")
-_ENTRY_INDEX = Struct(">i")
-_ENTRY_TAIL = Struct(">IQQB")
-assert _ENTRY_HEAD.size + _ENTRY_INDEX.size + _ENTRY_TAIL.size + 1 == ENTRY.size
+_HEAD = Struct(">III")
+_INDEX = Struct(">i")
+_TAIL = Struct(">IQQB")
 
-_Keep = Callable[[Entry], bool]
-
-_LENGTH = tuple(bytes((length,)) for length in range(256))
+_Prepared = tuple[Operation, list[bytes], bytes | None]
 
 
 class Batch:
     """The operations of one transaction. `finish` writes what they came to; the caller commits."""
 
-    def __init__(self, txn: lmdb.Transaction, tables: Tables, catalog: WriterCatalog) -> None:
+    def __init__(self, txn: lmdb.Transaction[bytes], tables: Tables, catalog: WriterCatalog) -> None:
         self._txn = txn
-        self._blocks = tables.blocks
         self._catalog = catalog
-        self._rows: dict[bytes, bytes | None] = {}
-        self._dirty: set[bytes] = set()
-        self._links: dict[bytes, bool] = {}
+        self._overlay = Overlay(txn, tables.blocks)
         self.result = ApplyResult()
         self.bytes_written = 0
 
     def run(self, operations: Sequence[Operation]) -> None:
         """Apply operations in order."""
-        prepared = [(operation, _keys_of(operation)) for operation in operations]
-        self._fetch(prepared)
-        for operation, keys in prepared:
+        prepared = list(map(_prepare, operations))
+        self._overlay.fetch(
+            chain.from_iterable(chain(keys, () if parent is None else (parent,)) for _, keys, parent in prepared)
+        )
+        for operation, keys, parent in prepared:
             if isinstance(operation, StoreRun):
-                self._store(operation, keys)
+                self._store(operation, keys, parent)
             elif isinstance(operation, RemoveBlocks):
                 self._remove(operation, keys)
             else:
                 self.clear(operation)
 
     def finish(self) -> None:
-        """Write rows and links."""
-        rows, txn, blocks = self._rows, self._txn, self._blocks
-        puts = [(key, row) for key in self._dirty if (row := rows[key]) is not None]
-        puts += [(key, b"") for key, wanted in self._links.items() if wanted]
-        puts.sort()
-        if puts:
-            txn.cursor(blocks).putmulti(puts)
-        deletes = [key for key in self._dirty if rows[key] is None]
-        deletes += [key for key, wanted in self._links.items() if not wanted]
-        deletes.sort()
-        for key in deletes:
-            txn.delete(key, db=blocks)
-        self.bytes_written = sum(len(key) + len(row) for key, row in puts)
-        self._catalog.flush(txn)
-
-    def _fetch(self, prepared: Iterable[tuple[Operation, list[bytes]]]) -> None:
-        rows = self._rows
-        for operation, keys in prepared:
-            rows.update(dict.fromkeys(keys))
-            if isinstance(operation, StoreRun) and operation.parent:
-                rows[row_key(operation.parent)] = None
-        rows.update(self._txn.cursor(self._blocks).getmulti(sorted(rows)))
-
-    def _row(self, key: bytes) -> bytes | None:
-        try:
-            return self._rows[key]
-        except KeyError:
-            row = self._rows[key] = self._txn.get(key, db=self._blocks)
-            return row
-
-    def _set_row(self, key: bytes, row: bytes | None) -> None:
-        self._rows[key] = row
-        self._dirty.add(key)
+        """Write rows, links and counts."""
+        self.bytes_written = self._overlay.write()
+        self._catalog.flush(self._txn)
 
     def _live_entries(self, key: bytes) -> list[Entry]:
-        row = self._row(key)
+        row = self._overlay.row(key)
         if row is None:
             return []
         live = self._catalog.rows
         return [entry for entry in unpack_row(row)[1] if entry.place in live]
 
-    def _store(self, run: StoreRun, keys: list[bytes]) -> None:
+    def _store(self, run: StoreRun, keys: list[bytes], parent_key: bytes | None) -> None:
         catalog, txn = self._catalog, self._txn
         place = catalog.place(txn, run.worker_id, run.rank, run.tier, run.group)
         if run.spec is not None:
             catalog.describe(txn, place, run.spec)
         if not keys:
             return
-        if run.consecutive:
-            self._store_chain(run, keys, place)
+        if not run.consecutive:
+            for key, block_hash in zip(keys, run.block_hashes):
+                self._store_block(key, block_hash, self._placed_by_sibling(run, key, place), run)
             return
-        for key, block_hash in zip(keys, run.block_hashes):
-            self._merge(key, block_hash, b"", self._placed_by_sibling(run, key, place), run)
+        scope, index = self._chain_of(run, place, parent_key)
+        rows = self._overlay.rows
+        if any(map(rows.__getitem__, keys)) or (len(keys) > 1 and len(set(keys)) < len(keys)):
+            self._store_mixed(run, keys, place, scope, index)
+        else:
+            self._store_new(run, keys, place, scope, index)
 
-    def _store_chain(self, run: StoreRun, keys: list[bytes], place: int) -> None:
-        """Store blocks of which each is the parent of the next. A block without a row gets one without being unpacked."""
-        scope, base = self._chain_of(run)
-        scope_number = self._catalog.scope_number(self._txn, scope)
-        head = _ENTRY_HEAD.pack(place, scope_number, 1)
-        tail = _ENTRY_TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, PARENT_KNOWN)
-        unknown_tail = _ENTRY_TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, 0)
-        rows, dirty = self._rows, self._dirty
-        hashes = run.block_hashes
-        last = len(hashes) - 1
+    def _store_new(self, run: StoreRun, keys: list[bytes], place: int, scope: int, index: int) -> None:
+        """Store a chain of blocks none of which has a row: rows are put together without an `Entry` in between."""
+        head = _HEAD.pack(place, scope, 1)
+        tail = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, PARENT_KNOWN)
         parent = run.parent
-        index = -1 if base is None else base
-        new = 0
-        if parent is not None and rows[keys[0]] is None:
-            self._link(parent, hashes[0])
-        for at, key in enumerate(keys):
-            block_hash = hashes[at]
-            child = b"" if at == last else hashes[at + 1]
-            if rows[key] is None:
-                rows[key] = b"".join(
-                    (
-                        _LENGTH[len(child)],
-                        child,
-                        head,
-                        _ENTRY_INDEX.pack(index),
-                        unknown_tail if parent is None else tail,
-                        _LENGTH[len(parent or b"")],
-                        parent or b"",
-                    )
-                )
-                dirty.add(key)
-                new += 1
-            else:
-                entry = Entry(
-                    place, scope_number, 1, index, run.token_count, run.at_ms, run.bytes_per_block, False, parent
-                )
-                self._merge(key, block_hash, child, entry, run)
+        if parent is None:
+            first = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, 0) + b"\x00"
+        else:
+            first = tail + LENGTH[len(parent)] + parent
+        rows = self._overlay.rows
+        count = len(keys)
+        if count == 1:
+            rows[keys[0]] = b"".join((b"\x00", head, _INDEX.pack(index), first))
+        else:
+            names = [key[:-1] for key in keys]
+            indexes = map(_INDEX.pack, range(index, index + count)) if index >= 0 else repeat(_INDEX.pack(-1))
+            last = names.pop()
+            parents = chain((first,), map(tail.__add__, names))
+            children = chain(names[1:], (last, b"\x00"))
+            rows.update(zip(keys, map(b"".join, zip(children, repeat(head), indexes, parents))))
+        if parent is not None:
+            self._overlay.link(parent, run.block_hashes[0])
+        self._catalog.count(place, count, count * run.bytes_per_block)
+        self.result.stored += count
+
+    def _store_mixed(self, run: StoreRun, keys: list[bytes], place: int, scope: int, index: int) -> None:
+        """Store a chain of blocks of which some have rows."""
+        parent = run.parent
+        for key, block_hash in zip(keys, run.block_hashes):
+            entry = Entry(place, scope, 1, index, run.token_count, run.at_ms, run.bytes_per_block, False, parent)
+            self._store_block(key, block_hash, entry, run)
             parent = block_hash
             if index >= 0:
                 index += 1
-        self._catalog.count(place, new, new * run.bytes_per_block)
-        self.result.stored += new
 
-    def _chain_of(self, run: StoreRun) -> tuple[IdentityScope, int | None]:
-        if run.parent is None:
-            return run.scope, None
-        if run.parent == ROOT:
-            return run.scope, 0
-        key = row_key(run.parent)
-        own = self._own_entry(run, key)
+    def _chain_of(self, run: StoreRun, place: int, parent_key: bytes | None) -> tuple[int, int]:
+        """The number of a run's scope and the index of its first block, from the worker's own record of the parent."""
+        scope = self._catalog.scope_number(self._txn, run.scope)
+        if parent_key is None:
+            return scope, 0 if run.parent == ROOT else -1
+        row = self._overlay.row(parent_key)
+        if row is None:
+            return scope, -1
+        sole = sole_holder(row)
+        if sole is not None and sole[0] == place and sole[1] == scope:
+            index: int = sole[3]
+            return scope, index + 1 if index >= 0 else -1
+        own = self._own_entry(run, parent_key)
         if own is None:
-            return run.scope, None
-        scope = run.scope
-        if run.tenant_from_parent:
-            tenant = self._catalog.scopes.scope(self._txn, own.scope).tenant_id
-            if tenant != scope.tenant_id:
-                scope = IdentityScope(scope.model_id, scope.tokenizer_id, scope.adapter_id, tenant)
+            return scope, -1
+        if run.tenant_from_parent and own.scope != scope:
+            wanted, tenant = run.scope, self._catalog.scopes.scope(self._txn, own.scope).tenant_id
+            wanted = IdentityScope(wanted.model_id, wanted.tokenizer_id, wanted.adapter_id, tenant)
+            scope = self._catalog.scope_number(self._txn, wanted)
         same_group = self._catalog.rows[own.place].group == run.group
-        return scope, own.index + 1 if same_group and own.index >= 0 else None
+        return scope, own.block_index + 1 if same_group and own.block_index >= 0 else -1
 
     def _own_entry(self, run: StoreRun, key: bytes) -> Entry | None:
         """The worker's entry of a block that says most about a run: same group, then own tier, then the fastest."""
@@ -209,7 +187,7 @@ class Batch:
             place,
             own.scope,
             1,
-            own.index if same_size else -1,
+            own.block_index if same_size else -1,
             own.tokens if same_size else run.token_count,
             run.at_ms,
             run.bytes_per_block,
@@ -217,16 +195,25 @@ class Batch:
             own.parent if same_size else None,
         )
 
-    def _merge(self, key: bytes, block_hash: bytes, child: bytes, entry: Entry, run: StoreRun) -> None:
-        """Store one block whose row may exist."""
-        row = self._row(key)
-        old_child, old = unpack_row(row) if row is not None else (b"", [])
+    def _store_block(self, key: bytes, block_hash: bytes, entry: Entry, run: StoreRun) -> None:
+        """Store one block. An entry beside living ones of others is appended to the row as it is."""
+        row = self._overlay.row(key)
         live = self._catalog.rows
+        if row is None or all(
+            place in live and (place != entry.place or scope != entry.scope) for place, scope in holders(row)
+        ):
+            self._overlay.rows[key] = (b"\x00" if row is None else row) + pack_entry(entry)
+            if entry.parent is not None:
+                self._overlay.link(entry.parent, block_hash)
+            self._catalog.count(entry.place, 1, entry.size)
+            self.result.stored += 1
+            return
+        child, old = unpack_row(row)
         entries = [other for other in old if other.place in live]
         for at, same in enumerate(entries):
             if same.place == entry.place and same.scope == entry.scope:
                 merged = entries[at] = _merged(same, entry, run.count_copies)
-                self._catalog.count(entry.place, 0, merged.copies * merged.bytes - same.copies * same.bytes)
+                self._catalog.count(entry.place, 0, merged.copies * merged.size - same.copies * same.size)
                 if run.count_copies:
                     self.result.copies_added += 1
                 else:
@@ -234,39 +221,25 @@ class Batch:
                 break
         else:
             entries.append(entry)
-            self._catalog.count(entry.place, 1, entry.bytes)
+            self._catalog.count(entry.place, 1, entry.size)
             self.result.stored += 1
-        self._write_entries(key, block_hash, old_child or child, old, entries)
-        if child:
-            self._link(block_hash, child)
+        self._write_entries(key, block_hash, child, old, entries)
 
     def _write_entries(
         self, key: bytes, block_hash: bytes, child: bytes, old: list[Entry], entries: list[Entry]
     ) -> None:
         """Write a block's entries; keeps the links from its parents and, when the row goes, the one to its child."""
-        self._set_row(key, pack_row(child, entries) if entries else None)
-        live = self._catalog.rows
+        overlay, live = self._overlay, self._catalog.rows
+        overlay.rows[key] = pack_row(child, entries) if entries else None
         parents = {entry.parent for entry in entries}
         for parent in {entry.parent for entry in old} - parents:
             if parent is not None:
-                self._links[link_key(parent, block_hash)] = False
+                overlay.unlink(parent, block_hash)
         for parent in parents - {entry.parent for entry in old if entry.place in live}:
             if parent is not None:
-                self._link(parent, block_hash)
+                overlay.link(parent, block_hash)
         if not entries and child and any(e.parent == block_hash for e in self._live_entries(row_key(child))):
-            self._links[link_key(block_hash, child)] = True
-
-    def _link(self, parent: bytes, child: bytes) -> None:
-        """Make a child findable from its parent: inside the parent's row if that is at hand and has room, else by a key."""
-        key = row_key(parent)
-        row = self._rows.get(key)
-        if row is not None:
-            if row[0] == 0:
-                self._set_row(key, _LENGTH[len(child)] + child + row[1:])
-                return
-            if row[1 : 1 + row[0]] == child:
-                return
-        self._links[link_key(parent, child)] = True
+            overlay.link_by_key(block_hash, child)
 
     def _remove(self, removal: RemoveBlocks, keys: list[bytes]) -> None:
         places = {
@@ -274,7 +247,7 @@ class Batch:
         }
         live = self._catalog.rows
         for key, block_hash in zip(keys, removal.block_hashes):
-            row = self._row(key)
+            row = self._overlay.row(key)
             child, old = unpack_row(row) if row is not None else (b"", [])
             kept = []
             found = 0
@@ -285,7 +258,7 @@ class Batch:
                     continue
                 found += 1
                 gone = entry.copies <= 1
-                self._catalog.count(entry.place, -gone, -entry.bytes)
+                self._catalog.count(entry.place, -gone, -entry.size)
                 if gone:
                     self.result.removed += 1
                 else:
@@ -326,25 +299,35 @@ class Batch:
 
     def purge(self, key: bytes, block_hash: bytes) -> None:
         """Rewrite a row without its dead entries."""
-        row = self._row(key)
+        row = self._overlay.row(key)
         if row is not None:
             child, old = unpack_row(row)
             self._write_entries(key, block_hash, child, old, self._live_entries(key))
 
-    def _replace(self, block_hash: bytes, keep: _Keep, new: list[Entry]) -> int:
+    def _replace(self, block_hash: bytes, keep: Callable[[Entry], bool], new: list[Entry]) -> int:
         key = row_key(block_hash)
-        row = self._row(key)
+        row = self._overlay.row(key)
         child, old = unpack_row(row) if row is not None else (b"", [])
         live = [entry for entry in old if entry.place in self._catalog.rows]
         kept = [entry for entry in live if keep(entry)]
         gone = [entry for entry in live if not keep(entry)]
         for entry in gone:
-            self._catalog.count(entry.place, -1, -entry.bytes * entry.copies)
+            self._catalog.count(entry.place, -1, -entry.size * entry.copies)
         for entry in new:
-            self._catalog.count(entry.place, 1, entry.bytes * entry.copies)
+            self._catalog.count(entry.place, 1, entry.size * entry.copies)
         if gone or new:
             self._write_entries(key, block_hash, child, old, kept + new)
         return len(gone)
+
+
+def _prepare(operation: Operation) -> _Prepared:
+    """An operation with the keys of its blocks' rows and that of its parent's row."""
+    if isinstance(operation, ClearBlocks):
+        return operation, [], None
+    keys = [LENGTH[len(block_hash)] + block_hash + ROW for block_hash in operation.block_hashes]
+    if isinstance(operation, StoreRun) and operation.parent:
+        return operation, keys, row_key(operation.parent)
+    return operation, keys, None
 
 
 def _merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:
@@ -352,10 +335,10 @@ def _merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:
         same.place,
         same.scope,
         same.copies + count_copies,
-        same.index if entry.index < 0 else entry.index,
+        same.block_index if entry.block_index < 0 else entry.block_index,
         entry.tokens or same.tokens,
         entry.at_ms or same.at_ms,
-        entry.bytes or same.bytes,
+        entry.size or same.size,
         same.pinned,
         same.parent if entry.parent is None else entry.parent,
     )
@@ -363,9 +346,3 @@ def _merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:
 
 def _concerns(row: PlaceRow, removal: RemoveBlocks) -> bool:
     return (removal.tier is None or row.tier is removal.tier) and (removal.group is None or row.group == removal.group)
-
-
-def _keys_of(operation: Operation) -> list[bytes]:
-    if isinstance(operation, ClearBlocks):
-        return []
-    return [_LENGTH[len(block_hash)] + block_hash + ROW for block_hash in operation.block_hashes]

@@ -38,7 +38,7 @@ class Tables(NamedTuple):
     meta: lmdb._Database
 
 
-def number_of(txn: lmdb.Transaction, table: lmdb._Database, key: bytes) -> int:
+def number_of(txn: lmdb.Transaction[bytes], table: lmdb._Database, key: bytes) -> int:
     """A stored number, 0 when absent."""
     return int.from_bytes(txn.get(key, b"", db=table), "big")
 
@@ -51,15 +51,15 @@ class ScopeNames:
         self._by_number: dict[int, IdentityScope] = {}
         self._by_scope: dict[IdentityScope, int] = {}
 
-    def scope(self, txn: lmdb.Transaction, number: int) -> IdentityScope:
+    def scope(self, txn: lmdb.Transaction[bytes], number: int) -> IdentityScope:
         """The scope behind a number that some row uses."""
         scope = self._by_number.get(number)
         if scope is None:
-            scope = _decode_scope(txn.get(PLACE.pack(number), db=self._table))
+            scope = _decode_scope(txn.get(PLACE.pack(number), b"", db=self._table))
             self._remember(scope, number)
         return scope
 
-    def number(self, txn: lmdb.Transaction, scope: IdentityScope) -> int | None:
+    def number(self, txn: lmdb.Transaction[bytes], scope: IdentityScope) -> int | None:
         """The number of a scope, None when no row uses it."""
         number = self._by_scope.get(scope)
         if number is None:
@@ -70,7 +70,7 @@ class ScopeNames:
             self._remember(scope, number)
         return number
 
-    def add(self, txn: lmdb.Transaction, scope: IdentityScope, number: int) -> None:
+    def add(self, txn: lmdb.Transaction[bytes], scope: IdentityScope, number: int) -> None:
         """Name a scope, in a write transaction."""
         txn.put(PLACE.pack(number), _encode(scope), db=self._table)
         txn.put(_digest(scope), PLACE.pack(number), db=self._table)
@@ -88,7 +88,7 @@ def _digest(scope: IdentityScope) -> bytes:
     return blake2b(_encode(scope), digest_size=16).digest()
 
 
-def read_places(txn: lmdb.Transaction, tables: Tables) -> dict[int, PlaceRow]:
+def read_places(txn: lmdb.Transaction[bytes], tables: Tables) -> dict[int, PlaceRow]:
     """Every live place."""
     return {PLACE.unpack(key)[0]: _decode_place(value) for key, value in txn.cursor(tables.places)}
 
@@ -100,7 +100,7 @@ class PlaceCache:
         self._tables = tables
         self._cached: tuple[int, dict[int, PlaceRow]] = (-1, {})
 
-    def places(self, txn: lmdb.Transaction) -> dict[int, PlaceRow]:
+    def places(self, txn: lmdb.Transaction[bytes]) -> dict[int, PlaceRow]:
         version = number_of(txn, self._tables.meta, VERSION_KEY)
         cached = self._cached
         if cached[0] != version:
@@ -111,7 +111,7 @@ class PlaceCache:
 class WriterCatalog:
     """Places, scopes and counts as the writer knows them, and what of them the current transaction must write."""
 
-    def __init__(self, txn: lmdb.Transaction, tables: Tables) -> None:
+    def __init__(self, txn: lmdb.Transaction[bytes], tables: Tables) -> None:
         self._tables = tables
         self.scopes = ScopeNames(tables.scopes)
         self.rows = read_places(txn, tables)
@@ -125,7 +125,7 @@ class WriterCatalog:
         self._changed_counts: set[int] = set()
         self._places_changed = False
 
-    def place(self, txn: lmdb.Transaction, worker_id: str, rank: int | None, tier: CacheTier, group: int) -> int:
+    def place(self, txn: lmdb.Transaction[bytes], worker_id: str, rank: int | None, tier: CacheTier, group: int) -> int:
         """The number of a place, a new one if the worker has no such place."""
         number = self._numbers.get((worker_id, tier, group))
         if number is None:
@@ -138,13 +138,13 @@ class WriterCatalog:
             self._write(txn, number, PlaceRow(worker_id, rank, tier, group, GroupSpec()))
         return number
 
-    def describe(self, txn: lmdb.Transaction, number: int, spec: GroupSpec) -> None:
+    def describe(self, txn: lmdb.Transaction[bytes], number: int, spec: GroupSpec) -> None:
         """Note what the worker says of the group of a place."""
         row = self.rows[number]
         if row.spec != spec:
             self._write(txn, number, PlaceRow(row.worker_id, row.rank, row.tier, row.group, spec))
 
-    def _write(self, txn: lmdb.Transaction, number: int, row: PlaceRow) -> None:
+    def _write(self, txn: lmdb.Transaction[bytes], number: int, row: PlaceRow) -> None:
         self.rows[number] = row
         self._by_worker.setdefault(row.worker_id, {})[number] = row
         txn.put(PLACE.pack(number), _encode(row), db=self._tables.places)
@@ -158,7 +158,7 @@ class WriterCatalog:
         """The live places of a worker."""
         return self._by_worker.get(worker_id, {})
 
-    def scope_number(self, txn: lmdb.Transaction, scope: IdentityScope) -> int:
+    def scope_number(self, txn: lmdb.Transaction[bytes], scope: IdentityScope) -> int:
         """The number of a scope, a new one if it is new."""
         number = self.scopes.number(txn, scope)
         if number is None:
@@ -175,10 +175,10 @@ class WriterCatalog:
         counts[1] += size
         self._changed_counts.add(number)
 
-    def bury(self, txn: lmdb.Transaction, number: int) -> int:
+    def bury(self, txn: lmdb.Transaction[bytes], number: int) -> int:
         """Make a place dead: its entries no longer count. Returns how many there were."""
         row = self.rows.pop(number)
-        records = self.counts.pop(number)[0]
+        records: int = self.counts.pop(number)[0]
         del self._numbers[row.worker_id, row.tier, row.group]
         del self._by_worker[row.worker_id][number]
         if not self._by_worker[row.worker_id]:
@@ -192,7 +192,7 @@ class WriterCatalog:
         self._places_changed = True
         return records
 
-    def flush(self, txn: lmdb.Transaction) -> None:
+    def flush(self, txn: lmdb.Transaction[bytes]) -> None:
         """Write the changed counts, and a new version when a place appeared, changed or went."""
         for number in self._changed_counts:
             txn.put(PLACE.pack(number), COUNT.pack(*self.counts[number]), db=self._tables.counts)

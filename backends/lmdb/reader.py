@@ -81,7 +81,7 @@ class LmdbReader:
                             found.append(one)
             return found
 
-    def _children(self, txn: lmdb.Transaction, parent: bytes) -> set[bytes]:
+    def _children(self, txn: lmdb.Transaction[bytes], parent: bytes) -> set[bytes]:
         children = set()
         row = txn.get(row_key(parent), db=self._tables.blocks) if parent else None
         if row is not None and row[0]:
@@ -114,7 +114,7 @@ class LmdbReader:
 
     def _masks(
         self,
-        txn: lmdb.Transaction,
+        txn: lmdb.Transaction[bytes],
         places: dict[int, PlaceRow],
         scope: int | None,
         block_hashes: Sequence[bytes],
@@ -178,7 +178,7 @@ class LmdbReader:
                             yield one
 
     def _residency(
-        self, txn: lmdb.Transaction, places: dict[int, PlaceRow], block_hash: bytes, entry: Entry
+        self, txn: lmdb.Transaction[bytes], places: dict[int, PlaceRow], block_hash: bytes, entry: Entry
     ) -> CacheResidency | None:
         place = places.get(entry.place)
         if place is None:
@@ -187,12 +187,12 @@ class LmdbReader:
             self._scopes.scope(txn, entry.scope),
             block_hash,
             prefix_hash=entry.parent,
-            block_index=None if entry.index < 0 else entry.index,
+            block_index=None if entry.block_index < 0 else entry.block_index,
             token_count=entry.tokens,
             group=place.group,
         )
         return CacheResidency(
-            key, place.worker_id, place.tier, entry.bytes, entry.at_ms, entry.copies, entry.pinned, place.rank
+            key, place.worker_id, place.tier, entry.size, entry.at_ms, entry.copies, entry.pinned, place.rank
         )
 
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..model import CacheTier, GroupSpec
+from ..model import MAX_HASH_BYTES, CacheTier, GroupSpec
 
 SCHEMA = 1
 """Version of everything above. A file of another version is refused."""
@@ -41,9 +41,13 @@ ROOT_LINK = b"\x00\x01"
 ENTRY = Struct(">IIIiIQQBB")
 ENTRY_SIZE = ENTRY.size
 PARENT_LEN_AT = ENTRY_SIZE - 1
+_HOLDER = Struct(">IIIi")
 HOLDER = Struct(">II")
 PLACE = Struct(">I")
 COUNT = Struct(">QQ")
+
+LENGTH = tuple(bytes((length,)) for length in range(MAX_HASH_BYTES + 1))
+"""What a hash of each length is preceded by."""
 
 PINNED = 1
 PARENT_KNOWN = 2
@@ -65,17 +69,17 @@ class Entry(NamedTuple):
     place: int
     scope: int
     copies: int
-    index: int
+    block_index: int
     tokens: int
     at_ms: int
-    bytes: int
+    size: int
     pinned: bool
     parent: bytes | None
 
 
 def row_key(block_hash: bytes) -> bytes:
     """The key of a block's row."""
-    return b"%c%b\x00" % (len(block_hash), block_hash)
+    return LENGTH[len(block_hash)] + block_hash + ROW
 
 
 def link_prefix(parent: bytes) -> bytes:
@@ -107,12 +111,20 @@ def unpack_row(row: bytes) -> tuple[bytes, list[Entry]]:
     entries = []
     end = len(row)
     while at < end:
-        *numbers, flags, parent_len = ENTRY.unpack_from(row, at)
+        place, scope, copies, index, tokens, at_ms, size, flags, parent_len = ENTRY.unpack_from(row, at)
         at += ENTRY_SIZE
         parent = row[at : at + parent_len] if flags & PARENT_KNOWN else None
-        entries.append(Entry(*numbers, bool(flags & PINNED), parent))
+        entries.append(Entry(place, scope, copies, index, tokens, at_ms, size, bool(flags & PINNED), parent))
         at += parent_len
     return child, entries
+
+
+def sole_holder(row: bytes) -> tuple[int, int, int, int] | None:
+    """The (place, scope, copies, index) of the only entry of a row, None when there are more."""
+    at = 1 + row[0]
+    if at + ENTRY_SIZE + row[at + PARENT_LEN_AT] != len(row):
+        return None
+    return _HOLDER.unpack_from(row, at)
 
 
 def holders(row: bytes) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ _POSITION = b"sweep_position"
 _PLACES = b"sweep_places"
 
 
-def sweep(txn: lmdb.Transaction, tables: Tables, batch: Batch, rows: int) -> bool:
+def sweep(txn: lmdb.Transaction[bytes], tables: Tables, batch: Batch, rows: int) -> bool:
     """Look at the next `rows` keys. Returns whether there is more to do."""
     position = txn.get(_POSITION, db=tables.meta)
     if position is None:
