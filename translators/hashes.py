@@ -74,7 +74,7 @@ def unpack_hashes(raw: msgspec.Raw, cut: bool = False) -> tuple[tuple[bytes, ...
     if mark in _WIDE_INTEGERS:
         if count == 1:
             return (packed[start + 1 :],), True
-        if len(packed) - start == count * _WIDE and not packed[start::_WIDE].strip(_WIDE_INTEGERS):
+        if not packed[start::_WIDE].strip(_WIDE_INTEGERS):
             return _pieces(packed, start, count, 1, PATTERN_BYTES), True
     elif mark == _BIN8:
         size = packed[start + 1]

@@ -109,25 +109,22 @@ class VllmTranslator:
         worker_id = worker_id_of(self._options.worker, rank)
         for position, event in enumerate(batch.events):
             try:
-                self._add(event, worker_id, result)
+                if isinstance(event, BlockStored):
+                    result.operations.append(self._stored(event, worker_id, result))
+                    result.stored_events += 1
+                elif isinstance(event, BlockRemoved):
+                    result.operations.append(self._removed(event, worker_id, result))
+                    result.removed_events += 1
+                elif isinstance(event, AllBlocksCleared):
+                    result.operations.append(ClearBlocks(worker_id, self._cleared_tier))
+                    result.cleared_events += 1
+                else:
+                    result.rejections.append(event)
             except _BadEvent as bad:
                 where = f"events[{position}].{bad.field}"
                 raw = raw_event(payload, position)
                 result.rejections.append(Rejection(bad.reason, str(bad), where, position, raw))
         return result
-
-    def _add(self, event: _Event | Rejection, worker_id: str, result: Translation) -> None:
-        if isinstance(event, BlockStored):
-            result.operations.append(self._stored(event, worker_id, result))
-            result.stored_events += 1
-        elif isinstance(event, BlockRemoved):
-            result.operations.append(self._removed(event, worker_id, result))
-            result.removed_events += 1
-        elif isinstance(event, AllBlocksCleared):
-            result.operations.append(ClearBlocks(worker_id, self._cleared_tier))
-            result.cleared_events += 1
-        else:
-            result.rejections.append(event)
 
     def _stored(self, event: BlockStored, worker_id: str, result: Translation) -> StoreRun:
         options = self._options

@@ -61,12 +61,19 @@ def test_small_integers_among_wide_ones_are_seen() -> None:
     assert unpack_hashes(packed(values))[0] == tuple((value % 2**64).to_bytes(8, "big") for value in values)
 
 
-def test_a_lying_width_is_seen() -> None:
-    """Nine bytes an item on average, and no item where the second wide integer should begin."""
-    values: list[int | bytes] = [2**63, b"1234567", b"12345678", 100]
-    raw = packed(values)
-    assert len(bytes(raw)) - 1 == 9 * 3 + 2
-    assert unpack_hashes(raw)[0] == hashes_bytes(values)
+@pytest.mark.parametrize(
+    "values",
+    [
+        [2**63, b"1234567", b"12345678", 100],
+        [2**63, 2**63, 5, b"\xcf\xcf\xcf\xcf\xcf"],
+        [b"abc", b"abc\xc4", b"xy"],
+        [b"abc", b"ab", b"abcd"],
+        [b"abc", b"\0\0\0\0\x03\0"],
+        [b"abc", 0x0300000000030000, 7],
+    ],
+)
+def test_items_that_only_look_as_wide_as_the_first_are_seen(values: list[int | bytes]) -> None:
+    assert unpack_hashes(packed(values))[0] == hashes_bytes(values)
 
 
 @pytest.mark.parametrize(
