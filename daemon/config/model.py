@@ -290,24 +290,24 @@ class Config(_Section, frozen=True):
     def __post_init__(self) -> None:
         if not self.data_dir:
             raise InvalidValue("data_dir", "is empty")
-        streams: dict[str, int] = {}
         names: dict[str, int] = {}
         followed: dict[tuple[str, str], int] = {}
         for number, source in enumerate(self.sources):
             at = f"sources[{number}]"
-            self._claim(names, source.name, number, f"{at}.name")
+            if (other := names.setdefault(source.name, number)) != number:
+                raise InvalidValue(f"{at}.name", f"{source.name!r} is already that of sources[{other}]")
             if source.max_message_bytes > self.writer.queue_max_bytes:
                 raise InvalidValue(
-                    f"{at}.max_message_bytes", "more than writer.queue_max_bytes, so it could never be queued"
+                    f"{at}.max_message_bytes", "more than writer.queue_max_bytes: it could never be queued"
                 )
             for stream in source.streams():
-                self._claim(streams, stream.stream, number, f"{at}.name")
-                self._claim(followed, (stream.endpoint, source.topic), number, f"{at}.endpoint")
-
-    def _claim(self, taken: dict[str, int] | dict[tuple[str, str], int], what: object, number: int, key: str) -> None:
-        other = taken.setdefault(what, number)  # type: ignore[arg-type]
-        if other != number:
-            raise InvalidValue(key, f"{what!r} is already that of sources[{other}]")
+                if (other := followed.setdefault((stream.endpoint, source.topic), number)) != number:
+                    raise InvalidValue(f"{at}.endpoint", f"{stream.endpoint} is already followed by sources[{other}]")
+        for number, source in enumerate(self.sources):
+            worker, _, rank = source.name.rpartition("/")
+            if rank.isdecimal() and worker in names:
+                reason = f"{source.name!r} could be taken for rank {rank} of sources[{names[worker]}]"
+                raise InvalidValue(f"sources[{number}].name", reason)
 
     def streams(self) -> Iterator[tuple[SourceConfig, StreamConfig]]:
         """Every stream to follow, with its source."""

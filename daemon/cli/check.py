@@ -1,0 +1,83 @@
+"""`kvcensus check`: what a configuration would run, or what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from ..config import Config, ConfigError, load_config
+from .columns import columns
+from .ending import EXIT_CONFIG, Failure
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), required=True, metavar="FILE", help="TOML file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: config, streams, warnings.")
+def check(path: Path, as_json: bool) -> None:
+    """Say what a configuration would run, environment overrides included.
+
+    A bad one is named as FILE:LINE: KEY: REASON, with exit code 78. Warnings do not change the exit code.
+    """
+    try:
+        config = load_config(path, os.environ)
+    except ConfigError as error:
+        raise Failure(str(error), EXIT_CONFIG) from error
+    if as_json:
+        streams = [stream for _, stream in config.streams()]
+        click.echo(msgspec.json.encode({"config": config, "streams": streams, "warnings": config.warnings()}))
+        return
+    click.echo(f"{path}: ok\n")
+    click.echo(columns(("SETTING", "VALUE"), _settings(config)))
+    click.echo()
+    click.echo(_streams(config))
+    for warning in config.warnings():
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _settings(config: Config) -> list[tuple[str, Any]]:
+    """Every setting that is not of a source."""
+    found: list[tuple[str, Any]] = []
+    for key, value in msgspec.to_builtins(config).items():
+        if isinstance(value, dict):
+            found.extend((f"{key}.{name}", inner) for name, inner in value.items())
+        elif key != "sources":
+            found.append((key, value))
+    return found
+
+
+def _streams(config: Config) -> str:
+    head = ("STREAM", "TYPE", "ENDPOINT", "", "REPLAY", "TOPIC", "MODEL", "OTHER")
+    return columns(
+        head,
+        (
+            (
+                stream.stream,
+                source.type,
+                stream.endpoint,
+                "bind" if source.bind else "connect",
+                stream.replay_endpoint,
+                source.topic,
+                source.model,
+                _changed(source),
+            )
+            for source, stream in config.streams()
+        ),
+    )
+
+
+def _changed(source: msgspec.Struct) -> str:
+    """The settings of a source that have no column and are not at their defaults."""
+    shown = {"endpoint", "name", "type", "replay_endpoint", "bind", "ranks", "topic", "model"}
+    plain = msgspec.to_builtins(source)
+    changed = []
+    for field in msgspec.structs.fields(source):
+        default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
+        value = plain[field.name]
+        is_implied = field.name == "tokenizer" and value == plain["model"]
+        if field.name not in shown and not is_implied and value != msgspec.to_builtins(default):
+            changed.append(f"{field.name}={msgspec.json.encode(value).decode()}")
+    return " ".join(changed)

@@ -1,0 +1,159 @@
+"""`kvcensus replay`: a recording, published as an engine would."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import click
+import msgspec
+import zmq
+
+from ..config.endpoints import Endpoint
+from ..engine_replay import BUFFER_STEPS, ReplayedEngine, ReplayFraming
+from ..recording import Recording, RecordingError
+from .ending import EXIT_DATA, EXIT_IO, EXIT_UNAVAILABLE, Failure, signals_set
+
+_ANY_PORT = "tcp://127.0.0.1:0"
+_LINGER_MS = 2000
+"""How long the last messages may take to leave, once the process ends."""
+_WAIT_STEP_S = 0.1
+
+
+class _Lives(click.ParamType[int | None]):
+    """How often to play: a number, or `forever`, which is None."""
+
+    name = "N|forever"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or value == "forever":
+            return None
+        text = str(value)
+        if not text.isdigit() or int(text) < 1:
+            self.fail(f"{text!r} is neither a number of at least 1 nor `forever`", param, ctx)
+        return int(text)
+
+
+class _ZmqEndpoint(click.ParamType[str]):
+    name = "ENDPOINT"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if text:
+            try:
+                Endpoint.parse(text)
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
+        return text
+
+
+@click.command()
+@click.argument("recording", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--bind", type=_ZmqEndpoint(), default=_ANY_PORT, show_default=True, help="Publish here.")
+@click.option("--connect", type=_ZmqEndpoint(), default="", help="Publish to a consumer that binds here, instead.")
+@click.option(
+    "--replay-bind", type=_ZmqEndpoint(), default=_ANY_PORT, show_default=True, help='Answer replays here; "" for none.'
+)
+@click.option("--replay-framing", type=click.Choice(list(ReplayFraming)), default=ReplayFraming.NEW, show_default=True)
+@click.option(
+    "--buffer-steps",
+    type=click.IntRange(min=0),
+    default=BUFFER_STEPS,
+    show_default=True,
+    help="Messages kept for replay.",
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Factor of the recorded pace; 0 is as fast as it goes.",
+)
+@click.option(
+    "--loop",
+    "lives",
+    type=_Lives(),
+    default="1",
+    show_default=True,
+    help="Play so often; each time is a new engine life.",
+)
+@click.option(
+    "--restart-pause-ms",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Silence of each restart, between lives and within the recording.",
+)
+@click.option(
+    "--wait-subscribers",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Begin with so many subscribers.",
+)
+@click.option(
+    "--wait-timeout-seconds",
+    "wait_timeout_s",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="Give up when they do not come.",
+)
+@click.option(
+    "--linger-seconds",
+    "linger_s",
+    type=click.FloatRange(min=0),
+    help="End so long after the last message, instead of answering replays until a signal.",
+)
+def replay(
+    recording: Path,
+    bind: str,
+    connect: str,
+    replay_bind: str,
+    replay_framing: str,
+    buffer_steps: int,
+    speed: float,
+    lives: int | None,
+    restart_pause_ms: int,
+    wait_subscribers: int,
+    wait_timeout_s: float,
+    linger_s: float | None,
+) -> None:
+    """Publish RECORDING as an engine would: its sequence numbers live, and past messages on request.
+
+    Prints one JSON line with the endpoints, then waits for subscribers, plays, and answers replays until a signal.
+    """
+    stopping = threading.Event()
+    try:
+        engine = ReplayedEngine(
+            Recording(recording),
+            live=connect or bind,
+            live_binds=not connect,
+            replay_bind=replay_bind,
+            buffer_steps=buffer_steps,
+            framing=ReplayFraming(replay_framing),
+        )
+    except zmq.ZMQError as error:
+        raise Failure(f"{connect or bind}, {replay_bind}: {error.strerror}", EXIT_IO) from error
+    engine.start()
+    try:
+        with signals_set(stopping):
+            addresses = {"endpoint": engine.endpoint, "replay_endpoint": engine.replay_endpoint}
+            click.echo(msgspec.json.encode(addresses))
+            _wait(engine, wait_subscribers, wait_timeout_s, stopping)
+            engine.play(speed=speed, lives=lives, restart_pause_s=restart_pause_ms / 1000, stopping=stopping)
+            if not stopping.is_set():
+                click.echo(f"published {engine.published_count} messages", err=True)
+            stopping.wait(linger_s)
+    except RecordingError as error:
+        raise Failure(str(error), EXIT_DATA) from error
+    finally:
+        engine.stop(_LINGER_MS)
+
+
+def _wait(engine: ReplayedEngine, count: int, timeout_s: float, stopping: threading.Event) -> None:
+    waited_s = 0.0
+    while not stopping.is_set() and not engine.wait_subscribers(count, _WAIT_STEP_S):
+        waited_s += _WAIT_STEP_S
+        if waited_s >= timeout_s:
+            raise Failure(f"{engine.subscribers} of {count} subscribers after {timeout_s:g} s", EXIT_UNAVAILABLE)
