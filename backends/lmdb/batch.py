@@ -25,6 +25,7 @@ from .rows import (
     LENGTH,
     PARENT_KNOWN,
     ROW,
+    ROW_OF_ONE,
     Entry,
     PlaceRow,
     holders,
@@ -39,8 +40,6 @@ _HEAD = Struct(">III")
 _INDEX = Struct(">i")
 _TAIL = Struct(">IQQB")
 
-_Prepared = tuple[Operation, list[bytes], bytes | None]
-
 
 class Batch:
     """The operations of one transaction. `finish` writes what they came to; the caller commits."""
@@ -54,15 +53,24 @@ class Batch:
 
     def run(self, operations: Sequence[Operation]) -> None:
         """Apply operations in order."""
-        prepared = list(map(_prepare, operations))
-        self._overlay.fetch(
-            chain.from_iterable(chain(keys, () if parent is None else (parent,)) for _, keys, parent in prepared)
-        )
-        for operation, keys, parent in prepared:
+        keys = [
+            LENGTH[len(block_hash)] + block_hash + ROW
+            for operation in operations
+            if isinstance(operation, (StoreRun, RemoveBlocks))
+            for block_hash in operation.block_hashes
+        ]
+        parents = [row_key(one.parent) for one in operations if isinstance(one, StoreRun) and one.parent]
+        self._overlay.fetch(chain(keys, parents))
+        start = 0
+        for operation in operations:
             if isinstance(operation, StoreRun):
-                self._store(operation, keys, parent)
+                end = start + len(operation.block_hashes)
+                self._store(operation, keys[start:end])
+                start = end
             elif isinstance(operation, RemoveBlocks):
-                self._remove(operation, keys)
+                end = start + len(operation.block_hashes)
+                self._remove(operation, keys[start:end])
+                start = end
             else:
                 self.clear(operation)
 
@@ -78,23 +86,36 @@ class Batch:
         live = self._catalog.rows
         return [entry for entry in unpack_row(row)[1] if entry.place in live]
 
-    def _store(self, run: StoreRun, keys: list[bytes], parent_key: bytes | None) -> None:
-        catalog, txn = self._catalog, self._txn
-        place = catalog.place(txn, run.worker_id, run.rank, run.tier, run.group)
-        if run.spec is not None:
-            catalog.describe(txn, place, run.spec)
+    def _store(self, run: StoreRun, keys: list[bytes]) -> None:
+        place = self._catalog.place(self._txn, run)
         if not keys:
             return
         if not run.consecutive:
             for key, block_hash in zip(keys, run.block_hashes):
                 self._store_block(key, block_hash, self._placed_by_sibling(run, key, place), run)
             return
-        scope, index = self._chain_of(run, place, parent_key)
+        scope, index = self._chain_of(run, place)
         rows = self._overlay.rows
-        if any(map(rows.__getitem__, keys)) or (len(keys) > 1 and len(set(keys)) < len(keys)):
+        if len(keys) == 1 and rows[keys[0]] is None:
+            self._store_one(run, keys[0], place, scope, index)
+        elif any(map(rows.__getitem__, keys)) or len(set(keys)) < len(keys):
             self._store_mixed(run, keys, place, scope, index)
         else:
             self._store_new(run, keys, place, scope, index)
+
+    def _store_one(self, run: StoreRun, key: bytes, place: int, scope: int, index: int) -> None:
+        """Store a block that has no row."""
+        parent, tokens, size = run.parent, run.token_count, run.bytes_per_block
+        if parent is None:
+            row = ROW_OF_ONE.pack(0, place, scope, 1, index, tokens, run.at_ms, size, 0, 0)
+        else:
+            row = (
+                ROW_OF_ONE.pack(0, place, scope, 1, index, tokens, run.at_ms, size, PARENT_KNOWN, len(parent)) + parent
+            )
+            self._overlay.link(parent, run.block_hashes[0])
+        self._overlay.rows[key] = row
+        self._catalog.count(place, 1, size)
+        self.result.stored += 1
 
     def _store_new(self, run: StoreRun, keys: list[bytes], place: int, scope: int, index: int) -> None:
         """Store a chain of blocks none of which has a row: rows are put together without an `Entry` in between."""
@@ -105,19 +126,13 @@ class Batch:
             first = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, 0) + b"\x00"
         else:
             first = tail + LENGTH[len(parent)] + parent
-        rows = self._overlay.rows
-        count = len(keys)
-        if count == 1:
-            rows[keys[0]] = b"".join((b"\x00", head, _INDEX.pack(index), first))
-        else:
-            names = [key[:-1] for key in keys]
-            indexes = map(_INDEX.pack, range(index, index + count)) if index >= 0 else repeat(_INDEX.pack(-1))
-            last = names.pop()
-            parents = chain((first,), map(tail.__add__, names))
-            children = chain(names[1:], (last, b"\x00"))
-            rows.update(zip(keys, map(b"".join, zip(children, repeat(head), indexes, parents))))
-        if parent is not None:
             self._overlay.link(parent, run.block_hashes[0])
+        count = len(keys)
+        names = [key[:-1] for key in keys]
+        indexes = map(_INDEX.pack, range(index, index + count)) if index >= 0 else repeat(_INDEX.pack(-1))
+        children = chain(names[1:], (b"\x00",))
+        parents = chain((first,), map(tail.__add__, names))
+        self._overlay.rows.update(zip(keys, map(b"".join, zip(children, repeat(head), indexes, parents))))
         self._catalog.count(place, count, count * run.bytes_per_block)
         self.result.stored += count
 
@@ -131,19 +146,20 @@ class Batch:
             if index >= 0:
                 index += 1
 
-    def _chain_of(self, run: StoreRun, place: int, parent_key: bytes | None) -> tuple[int, int]:
+    def _chain_of(self, run: StoreRun, place: int) -> tuple[int, int]:
         """The number of a run's scope and the index of its first block, from the worker's own record of the parent."""
         scope = self._catalog.scope_number(self._txn, run.scope)
-        if parent_key is None:
-            return scope, 0 if run.parent == ROOT else -1
-        row = self._overlay.row(parent_key)
+        parent = run.parent
+        if not parent:
+            return scope, 0 if parent == ROOT else -1
+        key = LENGTH[len(parent)] + parent + ROW
+        row = self._overlay.rows[key]
         if row is None:
             return scope, -1
-        sole = sole_holder(row)
-        if sole is not None and sole[0] == place and sole[1] == scope:
-            index: int = sole[3]
+        sole_place, sole_scope, index = sole_holder(row)
+        if sole_place == place and sole_scope == scope:
             return scope, index + 1 if index >= 0 else -1
-        own = self._own_entry(run, parent_key)
+        own = self._own_entry(run, key)
         if own is None:
             return scope, -1
         if run.tenant_from_parent and own.scope != scope:
@@ -277,7 +293,7 @@ class Batch:
     def put(self, residency: CacheResidency) -> None:
         """Insert or replace one record."""
         block = residency.key
-        place = self._catalog.place(self._txn, residency.worker_id, residency.rank, residency.tier, block.group)
+        place = self._catalog.place_at(self._txn, residency.worker_id, residency.rank, residency.tier, block.group)
         entry = Entry(
             place,
             self._catalog.scope_number(self._txn, block.scope),
@@ -318,16 +334,6 @@ class Batch:
         if gone or new:
             self._write_entries(key, block_hash, child, old, kept + new)
         return len(gone)
-
-
-def _prepare(operation: Operation) -> _Prepared:
-    """An operation with the keys of its blocks' rows and that of its parent's row."""
-    if isinstance(operation, ClearBlocks):
-        return operation, [], None
-    keys = [LENGTH[len(block_hash)] + block_hash + ROW for block_hash in operation.block_hashes]
-    if isinstance(operation, StoreRun) and operation.parent:
-        return operation, keys, row_key(operation.parent)
-    return operation, keys, None
 
 
 def _merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:

@@ -13,7 +13,7 @@ import msgspec
 
 import lmdb
 
-from ..model import CacheTier, GroupSpec, IdentityScope
+from ..model import CacheTier, GroupSpec, IdentityScope, StoreRun
 from .rows import COUNT, PLACE, PlaceRow
 
 _encode = msgspec.msgpack.encode
@@ -124,8 +124,21 @@ class WriterCatalog:
         self._next_scope = number_of(txn, tables.meta, _NEXT_SCOPE_KEY)
         self._changed_counts: set[int] = set()
         self._places_changed = False
+        self._last_scope: tuple[IdentityScope | None, int] = (None, -1)
 
-    def place(self, txn: lmdb.Transaction[bytes], worker_id: str, rank: int | None, tier: CacheTier, group: int) -> int:
+    def place(self, txn: lmdb.Transaction[bytes], run: StoreRun) -> int:
+        """The number of the place of a run; notes what the run says of its group."""
+        number = self._numbers.get((run.worker_id, run.tier, run.group))
+        if number is None:
+            number = self.place_at(txn, run.worker_id, run.rank, run.tier, run.group)
+        spec = run.spec
+        if spec is not None and spec != self.rows[number].spec:
+            self._write(txn, number, msgspec.structs.replace(self.rows[number], spec=spec))
+        return number
+
+    def place_at(
+        self, txn: lmdb.Transaction[bytes], worker_id: str, rank: int | None, tier: CacheTier, group: int
+    ) -> int:
         """The number of a place, a new one if the worker has no such place."""
         number = self._numbers.get((worker_id, tier, group))
         if number is None:
@@ -137,12 +150,6 @@ class WriterCatalog:
             self._numbers[worker_id, tier, group] = number
             self._write(txn, number, PlaceRow(worker_id, rank, tier, group, GroupSpec()))
         return number
-
-    def describe(self, txn: lmdb.Transaction[bytes], number: int, spec: GroupSpec) -> None:
-        """Note what the worker says of the group of a place."""
-        row = self.rows[number]
-        if row.spec != spec:
-            self._write(txn, number, PlaceRow(row.worker_id, row.rank, row.tier, row.group, spec))
 
     def _write(self, txn: lmdb.Transaction[bytes], number: int, row: PlaceRow) -> None:
         self.rows[number] = row
@@ -160,12 +167,16 @@ class WriterCatalog:
 
     def scope_number(self, txn: lmdb.Transaction[bytes], scope: IdentityScope) -> int:
         """The number of a scope, a new one if it is new."""
+        known = self._last_scope
+        if scope is known[0]:
+            return known[1]
         number = self.scopes.number(txn, scope)
         if number is None:
             number = self._next_scope
             self._next_scope += 1
             txn.put(_NEXT_SCOPE_KEY, PLACE.pack(self._next_scope), db=self._tables.meta)
             self.scopes.add(txn, scope, number)
+        self._last_scope = (scope, number)
         return number
 
     def count(self, number: int, records: int, size: int) -> None:

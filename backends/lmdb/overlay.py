@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import lmdb
 
-from .rows import link_key, row_key
+from .rows import LENGTH, ROW, link_key
 
 
 class Overlay:
@@ -39,11 +39,11 @@ class Overlay:
 
     def link(self, parent: bytes, child: bytes) -> None:
         """Make a child findable from its parent: in the parent's row if that is at hand and has room, else by a key."""
-        key = row_key(parent)
+        key = LENGTH[len(parent)] + parent + ROW
         row = self.rows.get(key)
         if row is not None:
             if row[0] == 0:
-                self.rows[key] = b"%c%b%b" % (len(child), child, row[1:])
+                self.rows[key] = LENGTH[len(child)] + child + row[1:]
                 return
             if row[1 : 1 + row[0]] == child:
                 return

@@ -41,7 +41,9 @@ ROOT_LINK = b"\x00\x01"
 ENTRY = Struct(">IIIiIQQBB")
 ENTRY_SIZE = ENTRY.size
 PARENT_LEN_AT = ENTRY_SIZE - 1
-_HOLDER = Struct(">IIIi")
+ROW_OF_ONE = Struct(">BIIIiIQQBB")
+"""A row of one entry without a child, up to the parent."""
+_PLACE_SCOPE_INDEX = Struct(">II4xi")
 HOLDER = Struct(">II")
 PLACE = Struct(">I")
 COUNT = Struct(">QQ")
@@ -119,12 +121,12 @@ def unpack_row(row: bytes) -> tuple[bytes, list[Entry]]:
     return child, entries
 
 
-def sole_holder(row: bytes) -> tuple[int, int, int, int] | None:
-    """The (place, scope, copies, index) of the only entry of a row, None when there are more."""
+def sole_holder(row: bytes) -> tuple[int, int, int]:
+    """The (place, scope, index) of the only entry of a row; (-1, -1, -1) when there are more."""
     at = 1 + row[0]
-    if at + ENTRY_SIZE + row[at + PARENT_LEN_AT] != len(row):
-        return None
-    return _HOLDER.unpack_from(row, at)
+    if at + ENTRY_SIZE + row[at + PARENT_LEN_AT] == len(row):
+        return _PLACE_SCOPE_INDEX.unpack_from(row, at)
+    return -1, -1, -1
 
 
 def holders(row: bytes) -> list[tuple[int, int]]:
