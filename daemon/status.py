@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -79,14 +80,22 @@ class StreamCounters(Protocol):
 class DaemonView(Protocol):
     """What the HTTP side may see of the running daemon. Every method is safe from any thread and returns at once."""
 
-    backend: IndexBackend
-    registry: CollectorRegistry
-    writer_counters: WriterCounters
+    @property
+    def backend(self) -> IndexBackend:
+        """The index that is asked."""
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """What `/metrics` shows."""
+
+    @property
+    def writer_counters(self) -> WriterCounters:
+        """What the writer counts of itself."""
 
     def statuses(self) -> list[StreamStatus]:
         """Every configured stream."""
 
-    def stream_counters(self) -> list[StreamCounters]:
+    def stream_counters(self) -> Sequence[StreamCounters]:
         """The counters of every configured stream, in the order of `statuses`."""
 
     def queue_depth(self) -> tuple[int, int]:

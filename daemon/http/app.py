@@ -1,0 +1,102 @@
+"""The application: which handler answers what."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+
+import msgspec
+from aiohttp import web
+from prometheus_client.aiohttp import make_aiohttp_handler
+
+from ..config import HttpConfig
+from ..status import DaemonView, Readiness
+from .answers import JSON, answer, errors_as_answers
+from .bodies import (
+    ChildrenBody,
+    ChildrenQuery,
+    EndpointLine,
+    IndexAnswer,
+    Liveness,
+    LocateBody,
+    LocateQuery,
+    MatchAnswer,
+    MatchBody,
+    ResidenciesAnswer,
+    Residency,
+    StreamsAnswer,
+    WorkersAnswer,
+)
+from .openapi import Endpoint, describe
+from .questions import Questions
+from .snapshot import Snapshots
+from .state import State
+
+_QUESTION_THREADS = 2
+"""Threads for questions that may take long, beside one for each snapshot."""
+
+_POSTED = (400, 413, 415, 500, 503)
+_GOT = (400, 500, 503)
+
+
+def make_app(view: DaemonView, config: HttpConfig) -> web.Application:
+    """The application that answers for `view`. Its clean-up waits for every thread that reads the backend."""
+    threads = ThreadPoolExecutor(config.max_snapshots + _QUESTION_THREADS, thread_name_prefix="http-read")
+    snapshots = Snapshots(view, config, threads)
+    app = web.Application(client_max_size=config.max_body_bytes, middlewares=[errors_as_answers])
+    for one in endpoints(view, config, snapshots, threads):
+        app.router.add_route(one.method, one.path, one.handler)
+
+    async def stop_snapshots(_: web.Application) -> None:
+        snapshots.stop()
+
+    async def end_threads(_: web.Application) -> None:
+        await asyncio.to_thread(threads.shutdown)
+
+    app.on_shutdown.append(stop_snapshots)
+    app.on_cleanup.append(end_threads)
+    return app
+
+
+def endpoints(
+    view: DaemonView, config: HttpConfig, snapshots: Snapshots, threads: ThreadPoolExecutor
+) -> list[Endpoint]:
+    """Every endpoint: routes, the description and the index page are made from this list."""
+    questions = Questions(view, config, threads)
+    state = State(view)
+    served: list[Endpoint] = []
+    release = version("kvcensus")
+
+    async def index(request: web.Request) -> web.Response:
+        lines = [EndpointLine(one.method, one.path, one.summary) for one in served]
+        return answer(request, IndexAnswer("kvcensus", release, lines))
+
+    async def openapi(request: web.Request) -> web.Response:
+        return web.Response(body=description, content_type=JSON)
+
+    served += [
+        Endpoint("GET", "/", index, "What can be asked here.", IndexAnswer),
+        Endpoint("POST", "/v1/match", questions.match, "How long a prefix of these blocks each worker could serve.",
+                 MatchAnswer, body=MatchBody, errors=_POSTED),
+        Endpoint("POST", "/v1/locate", questions.locate, "Every residency of one block.",
+                 ResidenciesAnswer, body=LocateBody, errors=_POSTED),
+        Endpoint("GET", "/v1/locate", questions.locate_query, "Every residency of one block.",
+                 ResidenciesAnswer, query=LocateQuery, errors=_GOT),
+        Endpoint("POST", "/v1/children", questions.children, "The residencies whose parent is this block, or the root.",
+                 ResidenciesAnswer, body=ChildrenBody, errors=_POSTED),
+        Endpoint("GET", "/v1/children", questions.children_query,
+                 "The residencies whose parent is this block, or the root.",
+                 ResidenciesAnswer, query=ChildrenQuery, errors=_GOT),
+        Endpoint("GET", "/v1/workers", state.workers, "Every worker: trust, and what it holds.",
+                 WorkersAnswer, errors=(500, 503)),
+        Endpoint("GET", "/v1/streams", state.streams, "Every configured stream.", StreamsAnswer, errors=(500,)),
+        Endpoint("GET", "/v1/snapshot", snapshots.snapshot, "The whole index as of one moment, a residency a line.",
+                 Residency, lines=True, errors=(429, 500, 503)),
+        Endpoint("GET", "/livez", state.livez, "Whether every thread of the daemon runs.", Liveness, unwell=True),
+        Endpoint("GET", "/readyz", state.readyz, "Whether the daemon can answer.", Readiness, unwell=True),
+        Endpoint("GET", "/metrics", make_aiohttp_handler(view.registry), "Figures for Prometheus."),
+        Endpoint("GET", "/openapi.json", openapi, "This description.", document=True),
+    ]  # fmt: skip
+    description = msgspec.json.encode(describe(served, release))
+    return served

@@ -1,0 +1,124 @@
+"""Who holds what: match, locate, children."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from http import HTTPStatus
+
+from aiohttp import web
+
+from kvcensus.backends.model import CacheResidency, IdentityScope
+
+from ..config import HttpConfig
+from ..status import DaemonView, Trust
+from .answers import RequestRefused, answer
+from .beliefs import Belief, Beliefs
+from .bodies import (
+    ChildrenBody,
+    ChildrenQuery,
+    LocateBody,
+    LocateQuery,
+    MatchAnswer,
+    MatchBody,
+    MatchedWorker,
+    ResidenciesAnswer,
+    ScopeBody,
+    TrustedResidency,
+    fields_of,
+)
+from .reading import BodyReader, read_hash, read_hashes, read_parent, read_query
+
+_INLINE_HASHES_MAX = 1024
+"""A longer `match` takes more than a millisecond and leaves the event loop to others."""
+
+_match_bodies = BodyReader(MatchBody)
+_locate_bodies = BodyReader(LocateBody)
+_children_bodies = BodyReader(ChildrenBody)
+
+
+class Questions:
+    """Handlers of questions to the index. `threads` runs the ones that may take long."""
+
+    def __init__(self, view: DaemonView, config: HttpConfig, threads: Executor) -> None:
+        self._view = view
+        self._hashes_max = config.max_hashes_per_query
+        self._threads = threads
+
+    async def match(self, request: web.Request) -> web.Response:
+        asked = await _match_bodies.read(request)
+        if len(asked.block_hashes) > self._hashes_max:
+            message = f"{len(asked.block_hashes)} hashes; http.max_hashes_per_query is {self._hashes_max}"
+            raise RequestRefused(HTTPStatus.BAD_REQUEST, "too_many_hashes", message, "block_hashes")
+        hashes = read_hashes(asked.block_hashes, "block_hashes")
+        scope = asked.scope.scope() if asked.scope else None
+        if len(hashes) <= _INLINE_HASHES_MAX:
+            body = self._matched(scope, hashes, asked.trusted_only)
+        else:
+            loop = asyncio.get_running_loop()
+            body = await loop.run_in_executor(self._threads, self._matched, scope, hashes, asked.trusted_only)
+        return answer(request, body)
+
+    def _matched(self, scope: IdentityScope | None, hashes: list[bytes], trusted_only: bool) -> MatchAnswer:
+        beliefs = Beliefs(self._view)
+        workers = []
+        for match in self._view.backend.match(scope, hashes):
+            belief = beliefs.of(match.worker_id)
+            if belief.trust is Trust.FRESH or not trusted_only:
+                workers.append(
+                    MatchedWorker(
+                        match.worker_id, match.rank, *belief, match.tiers, match.blocks, match.blocks_any_tier
+                    )
+                )
+        return MatchAnswer(workers)
+
+    async def locate(self, request: web.Request) -> web.Response:
+        asked = await _locate_bodies.read(request)
+        return self._located(request, asked.block_hash, asked.scope, asked.group)
+
+    async def locate_query(self, request: web.Request) -> web.Response:
+        asked = read_query(request, LocateQuery)
+        return self._located(request, asked.block_hash, _scope_of(asked), asked.group)
+
+    def _located(
+        self, request: web.Request, block_hash: str | int, scope: ScopeBody | None, group: int | None
+    ) -> web.Response:
+        wanted = read_hash(block_hash, "block_hash")
+        found = self._view.backend.find(wanted, scope.scope() if scope else None)
+        return answer(request, self._residencies(one for one in found if group is None or one.key.group == group))
+
+    async def children(self, request: web.Request) -> web.Response:
+        asked = await _children_bodies.read(request)
+        return await self._children(request, asked.scope, asked.prefix_hash)
+
+    async def children_query(self, request: web.Request) -> web.Response:
+        asked = read_query(request, ChildrenQuery)
+        scope = ScopeBody(asked.model_id, asked.tokenizer_id, asked.adapter_id, asked.tenant_id or "")
+        return await self._children(request, scope, asked.prefix_hash)
+
+    async def _children(self, request: web.Request, scope: ScopeBody, prefix_hash: str | int) -> web.Response:
+        parent = read_parent(prefix_hash, "prefix_hash")
+
+        def scan() -> web.Response:
+            return answer(request, self._residencies(self._view.backend.prefix_scan(scope.scope(), parent)))
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, scan)
+
+    def _residencies(self, found: Iterable[CacheResidency]) -> ResidenciesAnswer:
+        beliefs = Beliefs(self._view)
+        return ResidenciesAnswer([_trusted(one, beliefs.of(one.worker_id)) for one in found])
+
+
+def _trusted(residency: CacheResidency, belief: Belief) -> TrustedResidency:
+    return TrustedResidency(*fields_of(residency), *belief)
+
+
+def _scope_of(asked: LocateQuery) -> ScopeBody | None:
+    if asked.model_id is not None:
+        return ScopeBody(asked.model_id, asked.tokenizer_id, asked.adapter_id, asked.tenant_id or "")
+    for name in ("tokenizer_id", "adapter_id", "tenant_id"):
+        if getattr(asked, name) is not None:
+            message = f"`{name}` is part of a scope, which needs `model_id`"
+            raise RequestRefused(HTTPStatus.BAD_REQUEST, "invalid", message, "model_id")
+    return None

@@ -1,0 +1,66 @@
+"""What the daemon and its streams are doing: probes, workers, streams."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from http import HTTPStatus
+
+import msgspec
+from aiohttp import web
+
+from kvcensus.backends.model import Holding
+
+from ..status import DaemonView, StreamStatus, Trust
+from .answers import answer
+from .beliefs import NO_STREAM, age_ms, now_ms
+from .bodies import HeldGroup, Liveness, StreamReport, StreamsAnswer, WorkersAnswer, WorkerState
+
+
+class State:
+    """Handlers that tell of the daemon itself."""
+
+    def __init__(self, view: DaemonView) -> None:
+        self._view = view
+
+    async def livez(self, request: web.Request) -> web.Response:
+        alive = self._view.alive()
+        return answer(request, Liveness(alive), HTTPStatus.OK if alive else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        readiness = self._view.readiness()
+        status = HTTPStatus.OK if readiness.ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return answer(request, readiness, status)
+
+    async def streams(self, request: web.Request) -> web.Response:
+        at_ms = now_ms()
+        return answer(request, StreamsAnswer([_report(status, at_ms) for status in self._view.statuses()]))
+
+    async def workers(self, request: web.Request) -> web.Response:
+        held: dict[str, list[Holding]] = defaultdict(list)
+        for holding in self._view.backend.holdings():
+            held[holding.worker_id].append(holding)
+        statuses = {status.worker_id: status for status in self._view.statuses()}
+        at_ms = now_ms()
+        names = sorted(held.keys() | statuses.keys())
+        return answer(request, WorkersAnswer([_worker(name, statuses.get(name), held[name], at_ms) for name in names]))
+
+
+def _report(status: StreamStatus, at_ms: int) -> StreamReport:
+    lag_s = (at_ms - status.engine_ms) / 1000 if status.engine_ms else None
+    return StreamReport(**msgspec.structs.asdict(status), age_ms=age_ms(status, at_ms), lag_s=lag_s)
+
+
+def _worker(worker_id: str, status: StreamStatus | None, held: list[Holding], at_ms: int) -> WorkerState:
+    groups = [HeldGroup(one.tier, one.group, one.spec, one.blocks, one.bytes) for one in held]
+    return WorkerState(
+        worker_id=worker_id,
+        rank=status.rank if status else held[0].rank,
+        trust=status.trust if status else Trust.UNTRUSTED,
+        reason=status.reason if status else NO_STREAM,
+        since_ms=status.since_ms if status else 0,
+        last_seq=status.last_seq if status else -1,
+        age_ms=age_ms(status, at_ms) if status else None,
+        blocks=sum(one.blocks for one in held),
+        bytes=sum(one.bytes for one in held),
+        holdings=groups,
+    )
