@@ -32,7 +32,8 @@ _OVERHEAD_BYTES = 128
 class FrameQueue:
     """Messages on their way to the writer, bounded in number and in bytes.
 
-    A full queue makes the receiver wait, so it stops reading. What the transport then drops is a gap that a replay heals.
+    A full queue makes the receiver wait, so it stops reading. What the transport then drops is a gap, and
+    a replay heals it.
     """
 
     def __init__(self, max_messages: int, max_bytes: int) -> None:

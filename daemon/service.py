@@ -43,9 +43,7 @@ class Service:
         self._writer = Writer(
             self.backend,
             self._queue,
-            WriterOptions(
-                config.writer.commit_max_blocks, config.writer.commit_max_ms, config.index.reclaim_rows
-            ),
+            WriterOptions(config.writer.commit_max_blocks, config.writer.commit_max_ms, config.index.reclaim_rows),
         )
         self._intake = ZmqIntake(self._queue)
         self._streams: dict[str, tuple[SourceConfig, FollowedStream]] = {}
@@ -109,9 +107,7 @@ class Service:
         """
         wanted = {stream.stream: (source, stream) for source, stream in config.streams()}
         current = dict(self._streams)
-        changed = [
-            name for name, (source, _) in current.items() if name in wanted and wanted[name][0] != source
-        ]
+        changed = [name for name, (source, _) in current.items() if name in wanted and wanted[name][0] != source]
         for name in current:
             if name in changed or name not in wanted:
                 log.info("stream_dropped" if name not in wanted else "stream_changed", stream=name)

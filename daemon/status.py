@@ -37,8 +37,9 @@ class Trust(StrEnum):
 
 
 class StreamStatus(msgspec.Struct, frozen=True):
-    """A stream as of its last commit. `last_seq` is -1 before the first message. Times in ms since the Unix epoch, 0: never.
+    """A stream as of its last commit. Times are in ms since the Unix epoch, 0: never.
 
+    `last_seq` is -1 before the first message.
     `stream` names the cursor; `source` is the configured name; `worker_id` is NAME or NAME/RANK.
     `trust`, `reason` and `since_ms` say whether the worker's blocks can be believed, why not, and since when.
     """

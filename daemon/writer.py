@@ -1,8 +1,8 @@
 """The writer: the one thread that owns the backend.
 
-It takes verdicts from the queue, translates their payloads, and applies what they come to together with the cursors of their
-streams, many messages a transaction. A commit that finds no room is tried again until it succeeds: nothing is skipped, and
-the full queue stops the intake meanwhile.
+It takes verdicts from the queue, translates their payloads, and applies what they come to together with the cursors of
+their streams, many messages a transaction. A commit that finds no room is tried again until it succeeds: nothing is
+skipped, and the full queue stops the intake meanwhile.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class Writer(threading.Thread):
         self, stream: FollowedStream, progress: _Progress, translation: Translation, message: Apply
     ) -> None:
         """A stream is of one rank: the configured one, or that of its first message."""
-        if any(rejection.event is None for rejection in translation.rejections):
+        if not translation.operations and any(rejection.event is None for rejection in translation.rejections):
             return
         rank = translation.rank
         if not progress.worker_id and (stream.rank is None or rank == stream.rank):

@@ -28,9 +28,10 @@ class RejectReason(StrEnum):
 
 
 class Rejection(msgspec.Struct, frozen=True):
-    """A refused event, or a refused payload when `event` is None.
+    """A refused event, or what is wrong with the payload as a whole when `event` is None.
 
-    `event` is the position in the batch, `field` the path of what is wrong, `detail` one sentence, `raw` the refused bytes.
+    `event` is the position in the batch, `field` the path of what is wrong, `detail` one sentence, `raw` the refused
+    bytes.
     """
 
     reason: RejectReason
@@ -43,8 +44,9 @@ class Rejection(msgspec.Struct, frozen=True):
 class Translation(msgspec.Struct):
     """One payload as operations, in the order of its events.
 
-    `engine_ms` is the engine's clock in ms since the epoch, `rank` its data-parallel rank or None. `stored_events`,
-    `removed_events` and `cleared_events` count events. `facts` is what the translator remembers of the stream now.
+    `engine_ms` is the engine's clock in ms since the Unix epoch, `rank` its data-parallel rank or None.
+    `stored_events`, `removed_events` and `cleared_events` count events. `facts` is what the translator remembers of
+    the stream now.
     """
 
     operations: list[Operation]
@@ -78,7 +80,7 @@ class HashJoin(StrEnum):
 class TranslatorOptions(msgspec.Struct, frozen=True):
     """What the wire does not say about one source, from its configuration.
 
-    `worker` names the worker, without rank. `media` adds spellings of tiers. `bytes_per_block` is in bytes, 0 when unknown.
+    `worker` names the worker, without rank. `media` adds spellings of tiers. `bytes_per_block` is in bytes, 0: unknown.
     """
 
     worker: str

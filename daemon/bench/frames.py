@@ -61,8 +61,6 @@ def make_workload(blocks: int, blocks_per_message: int, seed: int = 1) -> Worklo
 def _token_runs(blocks_per_message: int, seed: int) -> Iterator[list[int]]:
     """Token ids of a message, as long on the wire as those of a vocabulary of 128k."""
     generator = random.Random(seed)  # noqa: S311
-    runs = [
-        [generator.randrange(128_000) for _ in range(blocks_per_message * TOKENS_PER_BLOCK)] for _ in range(64)
-    ]
+    runs = [[generator.randrange(128_000) for _ in range(blocks_per_message * TOKENS_PER_BLOCK)] for _ in range(64)]
     while True:
         yield from runs

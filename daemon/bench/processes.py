@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,19 +87,6 @@ def rss_mb(pid: int) -> tuple[float, float]:
     return own / 1000, files / 1000
 
 
-def ingest(port: int, publisher: Publisher, blocks: int, last_seq: int) -> float:
-    """Blocks/s from the first message sent to the last one committed, as an observer outside sees it."""
-    started = time.perf_counter()
-    publisher.go()
-    while True:
-        streams = json.loads(get(port, "/v1/streams"))["streams"]
-        if streams and streams[0]["last_seq"] >= last_seq:
-            return blocks / (time.perf_counter() - started)
-        if time.perf_counter() - started > _WAIT_S:
-            raise RuntimeError(f"stuck at {streams}")
-        time.sleep(_POLL_S)
-
-
 class Publisher:
     """A process that publishes a workload as fast as it can, once told to."""
 
@@ -128,6 +116,47 @@ class Publisher:
         """End the process."""
         self._process.kill()
         self._process.wait()
+
+
+class Fed(msgspec.Struct, frozen=True):
+    """A daemon that has committed a workload: how fast, in blocks/s, and its own memory in MB before it began."""
+
+    daemon: Daemon
+    publisher: Publisher
+    blocks_per_s: float
+    own_before_mb: float
+
+
+@contextmanager
+def fed_daemon(blocks: int, blocks_per_message: int, backend: str, directory: Path) -> Iterator[Fed]:
+    """A daemon with its data under `directory`, after it has committed `blocks` blocks from a publisher process."""
+    publisher = Publisher(blocks, blocks_per_message)
+    messages = -(-blocks // blocks_per_message)
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=directory) as place,
+            running_daemon(publisher.endpoint, backend, Path(place, "index")) as daemon,
+        ):
+            publisher.wait_ready()
+            own_before_mb, _ = rss_mb(daemon.pid)
+            elapsed = _ingest(daemon.port, publisher, messages - 1)
+            yield Fed(daemon, publisher, messages * blocks_per_message / elapsed, own_before_mb)
+    finally:
+        publisher.stop()
+
+
+def _ingest(port: int, publisher: Publisher, last_seq: int) -> float:
+    """Seconds from the first message sent to the last one committed, as an observer outside sees it."""
+    started = time.perf_counter()
+    publisher.go()
+    while True:
+        streams = json.loads(get(port, "/v1/streams"))["streams"]
+        elapsed = time.perf_counter() - started
+        if streams and streams[0]["last_seq"] >= last_seq:
+            return elapsed
+        if elapsed > _WAIT_S:
+            raise RuntimeError(f"stuck at {streams}")
+        time.sleep(_POLL_S)
 
 
 def _publish(endpoint: str, workload: Workload) -> None:

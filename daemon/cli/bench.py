@@ -18,7 +18,7 @@ from kvcensus.backends.lmdb import LmdbBackend
 from ..bench.frames import make_workload
 from ..bench.ingest import decode_alone, frames_to_index, lmdb_ingest, memory_ingest
 from ..bench.latency import match_in_process, match_over_http
-from ..bench.processes import Publisher, ingest, rss_mb, running_daemon
+from ..bench.processes import fed_daemon, rss_mb
 from ..writer import WriterOptions
 
 _MATCH_BLOCKS = 64
@@ -94,15 +94,8 @@ def _ingest_figures(blocks: int, per_message: int, rounds: int, directory: Path,
 
 
 def _socket_ingest(blocks: int, per_message: int, backend: str, directory: Path) -> float:
-    publisher = Publisher(blocks, per_message)
-    try:
-        with tempfile.TemporaryDirectory(dir=directory) as place:
-            with running_daemon(publisher.endpoint, backend, Path(place, "index")) as daemon:
-                publisher.wait_ready()
-                messages = -(-blocks // per_message)
-                return ingest(daemon.port, publisher, messages * per_message, messages - 1)
-    finally:
-        publisher.stop()
+    with fed_daemon(blocks, per_message, backend, directory) as fed:
+        return fed.blocks_per_s
 
 
 def _match_figures(blocks: int, directory: Path, say: Any) -> dict[str, Any]:
@@ -114,16 +107,8 @@ def _match_figures(blocks: int, directory: Path, say: Any) -> dict[str, Any]:
         backend.close()
     del workload
     say("match over HTTP")
-    publisher = Publisher(blocks, 64)
-    try:
-        with tempfile.TemporaryDirectory(dir=directory) as place:
-            with running_daemon(publisher.endpoint, "lmdb", Path(place, "index")) as daemon:
-                publisher.wait_ready()
-                messages = -(-blocks // 64)
-                ingest(daemon.port, publisher, messages * 64, messages - 1)
-                over_http = match_over_http(daemon.port, publisher.chains(), _MATCH_BLOCKS, _MATCH_TIMES)
-    finally:
-        publisher.stop()
+    with fed_daemon(blocks, 64, "lmdb", directory) as fed:
+        over_http = match_over_http(fed.daemon.port, fed.publisher.chains(), _MATCH_BLOCKS, _MATCH_TIMES)
     return {"in_process": _fields(in_process), "http": _fields(over_http)}
 
 
@@ -133,18 +118,9 @@ def _fields(latency: Any) -> dict[str, float]:
 
 def _memory_figures(blocks: int, directory: Path, say: Any) -> dict[str, Any]:
     say(f"memory with {blocks:,} blocks")
-    publisher = Publisher(blocks, 64)
-    try:
-        with tempfile.TemporaryDirectory(dir=directory) as place:
-            with running_daemon(publisher.endpoint, "lmdb", Path(place, "index")) as daemon:
-                publisher.wait_ready()
-                before, _ = rss_mb(daemon.pid)
-                messages = -(-blocks // 64)
-                ingest(daemon.port, publisher, messages * 64, messages - 1)
-                own, pages = rss_mb(daemon.pid)
-    finally:
-        publisher.stop()
-    return {"blocks": blocks, "own_before_mb": before, "own_mb": own, "lmdb_pages_mb": pages}
+    with fed_daemon(blocks, 64, "lmdb", directory) as fed:
+        own, pages = rss_mb(fed.daemon.pid)
+        return {"blocks": blocks, "own_before_mb": fed.own_before_mb, "own_mb": own, "lmdb_pages_mb": pages}
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -28,8 +28,16 @@ _WORKER = "demo-engine"
 
 
 @click.command()
-@click.option("--data-dir", type=click.Path(path_type=Path, file_okay=False), default=Path("kvcensus-data/demo"), show_default=True, help="Where the index goes.")
-@click.option("--http", "listen", default="127.0.0.1:0", show_default=True, help="HOST:PORT of the daemon; port 0 for any.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("kvcensus-data/demo"),
+    show_default=True,
+    help="Where the index goes.",
+)
+@click.option(
+    "--http", "listen", default="127.0.0.1:0", show_default=True, help="HOST:PORT of the daemon; port 0 for any."
+)
 @click.option("--speed", default=4.0, show_default=True, help="Times the recorded pace.")
 @click.option("--seconds", type=float, help="Stop after so long.  [default: until Ctrl-C]")
 def demo(data_dir: Path, listen: str, speed: float, seconds: float | None) -> None:
@@ -40,13 +48,17 @@ def demo(data_dir: Path, listen: str, speed: float, seconds: float | None) -> No
     console = Console()
     data_dir.mkdir(parents=True, exist_ok=True)
     log_path = data_dir / "daemon.log"
-    with recording() as path, _engine(path, speed) as engine, log_path.open("wb") as output:
-        with _daemon(engine, data_dir, listen, output) as process:
-            host, port = _where_it_listens(process, log_path)
-            console.print(f"HTTP on [bold]http://{host}:{port}[/]   log in {log_path}   daemon is process {process.pid}")
-            console.print(f"Try   curl http://{host}:{port}/v1/workers   or   kvcensus query --http {host}:{port} workers")
-            ends = None if seconds is None else time.monotonic() + seconds
-            _watch(console, process, host, port, ends)
+    with (
+        recording() as path,
+        _engine(path, speed) as engine,
+        log_path.open("wb") as output,
+        _daemon(engine, data_dir, listen, output) as process,
+    ):
+        host, port = _where_it_listens(process, log_path)
+        console.print(f"HTTP on [bold]http://{host}:{port}[/]   daemon is process {process.pid}   log in {log_path}")
+        console.print(f"Try   curl http://{host}:{port}/v1/workers")
+        ends = None if seconds is None else time.monotonic() + seconds
+        _watch(console, process, host, port, ends)
 
 
 @contextmanager

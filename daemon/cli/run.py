@@ -30,7 +30,9 @@ log = get_logger("run")
 @click.command()
 @click.option("--config", "path", type=click.Path(path_type=Path, dir_okay=False), help="TOML file.")
 @click.option("--engine", "engines", multiple=True, help="Endpoint of an engine's KV events; may repeat.")
-@click.option("--replay-endpoint", "replay_endpoints", multiple=True, help="Replay endpoint of the engine, in the same order.")
+@click.option(
+    "--replay-endpoint", "replay_endpoints", multiple=True, help="Replay endpoint of the engine, in the same order."
+)
 @click.option("--engine-type", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
 @click.option("--topic", default="", help="Only topics that start with this.")
 @click.option("--worker", "workers", multiple=True, help="Worker name of the engine, in the same order.")

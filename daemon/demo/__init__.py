@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.resources import as_file, files
 from contextlib import AbstractContextManager
+from importlib.resources import as_file, files
 from pathlib import Path
 
 RECORDING = "vllm-0.32.0-evict.jsonl.gz"

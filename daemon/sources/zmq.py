@@ -1,8 +1,8 @@
 """The ZMQ source: one thread receives every stream's live messages and replays.
 
-Live: a SUB socket, messages [topic, 8-byte big-endian sequence number, payload]. Replay: a fresh DEALER for each request,
-[b"", start]; answers are [b"", (topic,) sequence number, payload], the last one with the number ff*8, so they are read from
-the end. A fresh socket also makes sure that a late answer to an earlier request is never taken for one to the present.
+Live: a SUB socket, messages [topic, 8-byte big-endian sequence number, payload]. Replay: a fresh DEALER for each
+request, [b"", start]; answers are [b"", (topic,) sequence number, payload], the last one with the number ff*8, so they
+are read from the end. A fresh socket makes sure that a late answer to an earlier request is not taken for one to this.
 """
 
 from __future__ import annotations
@@ -167,7 +167,11 @@ class ZmqIntake(threading.Thread):
             self._links[stream.stream] = _Link(self._context, stream, options)
         except zmq.ZMQError as error:
             log.error(
-                "endpoint_unusable", source=stream.source, stream=stream.stream, endpoint=options.endpoint, error=str(error)
+                "endpoint_unusable",
+                source=stream.source,
+                stream=stream.stream,
+                endpoint=options.endpoint,
+                error=str(error),
             )
             timer = threading.Timer(options.reconnect_max_ms / 1000, self.add, (stream, options))
             timer.daemon = True

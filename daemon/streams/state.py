@@ -16,7 +16,7 @@ from ..status import StreamState
 from .verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Verdict, fingerprint
 
 RECENT_MESSAGES = 8192
-"""Messages whose fingerprints are kept to tell a duplicate from a restart. Overlaps of a replay with live messages fit."""
+"""Messages remembered to tell a duplicate from a restart. The overlap of a replay with live messages fits."""
 
 
 class StreamLimits(msgspec.Struct, frozen=True):
@@ -246,7 +246,7 @@ class Stream:
         return verdicts
 
     def _hole(self, seq: int, payload: bytes, now_ms: int) -> list[Verdict]:
-        """The replay goes on at `seq`, past the next number. Engines do lose messages of a replay, so ask again first."""
+        """The replay goes on at `seq`, past the next number. Engines do lose messages of a replay: ask again first."""
         if self._attempts < self._limits.replay_attempts:
             return self._ask(now_ms)
         self._attempts = 0

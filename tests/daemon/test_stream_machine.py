@@ -1,8 +1,8 @@
-"""The stream state against a simulated engine that loses, repeats and swaps messages, restarts, and answers replays badly.
+"""The stream state against a simulated engine that loses, repeats and swaps messages, restarts, and replays badly.
 
-What must always hold: what has been applied since the last clear is one unbroken run of messages of one life of the engine,
-and it begins with the first message of that life unless the worker was fenced. What must hold once the faults stop: the run
-ends with the engine's last message.
+What must always hold: what has been applied since the last clear is one unbroken run of messages of one life of the
+engine, and it begins with the first message of that life unless the worker was fenced. What must hold once the faults
+stop: the run ends with the engine's last message.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from kvcensus.daemon.streams.state import Stream, StreamLimits
 from kvcensus.daemon.streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, fingerprint
 
 RING = 12
-LIMITS = StreamLimits(
-    replay_timeout_ms=1000, replay_attempts=3, hold_max_messages=6, settle_ms=500, probe_ms=10_000
-)
+LIMITS = StreamLimits(replay_timeout_ms=1000, replay_attempts=3, hold_max_messages=6, settle_ms=500, probe_ms=10_000)
 END = -1
 
 
@@ -217,5 +215,5 @@ test_a_stream_never_lies_and_always_catches_up = StreamMachine.TestCase
 
 
 def test_the_fingerprint_is_of_the_payload_alone() -> None:
-    assert fingerprint(b"x") == fingerprint(bytes(b"x")) != fingerprint(b"y")
+    assert fingerprint(b"x") == fingerprint(bytearray(b"x")) != fingerprint(b"y")
     assert len(fingerprint(b"")) == 8

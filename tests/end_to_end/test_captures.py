@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ..captures_reader import CAPTURES, Stage, capture_names, load_capture
-from .daemon_process import DaemonProcess, wait_until
 
 from kvcensus.daemon.engine_replay import ReplayedEngine, ReplayFraming
 from kvcensus.daemon.recording import Recording
+
+from ..captures_reader import CAPTURES, Stage, capture_names, load_capture
+from .daemon_process import DaemonProcess, wait_until
 
 NAMES = capture_names("vllm")
 
@@ -20,20 +21,21 @@ def framing_of(name: str) -> ReplayFraming:
 
 
 @pytest.fixture(scope="module", params=["memory", "lmdb"])
-def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DaemonProcess, dict[str, ReplayedEngine]]]:
+def fleet(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[DaemonProcess, dict[str, ReplayedEngine]]]:
     """One daemon that follows every captured engine at once."""
     directory: Path = tmp_path_factory.mktemp(request.param)
     engines = {
-        name: ReplayedEngine(
-            Recording(CAPTURES / f"{name}.jsonl.gz"), framing=framing_of(name)
-        ).start()
+        name: ReplayedEngine(Recording(CAPTURES / f"{name}.jsonl.gz"), framing=framing_of(name)).start()
         for name in NAMES
     }
     config = directory / "kvcensus.toml"
     config.write_text(
         "".join(
-            f'[[sources]]\nname = "{name}"\nendpoint = "{engine.endpoint}"\nreplay_endpoint = "{engine.replay_endpoint}"\n'
-            f'count_copies = {"false" if "fullreport" in name else "true"}\n'
+            f'[[sources]]\nname = "{name}"\n'
+            f'endpoint = "{engine.endpoint}"\nreplay_endpoint = "{engine.replay_endpoint}"\n'
+            f"count_copies = {'false' if 'fullreport' in name else 'true'}\n"
             for name, engine in engines.items()
         )
     )

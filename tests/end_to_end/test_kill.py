@@ -46,32 +46,27 @@ def play(engine: ReplayedEngine, messages: int) -> None:
         time.sleep(PACE_S)
 
 
-@pytest.mark.timeout(30 + 10 * RUNS)
-def test_a_killed_daemon_neither_loses_nor_invents_nor_repeats(tmp_path: Path) -> None:
-    for run in range(RUNS):
-        name = NAMES[run % len(NAMES)]
-        generator = random.Random(run)
-        capture = load_capture(name)
-        last = capture.stages[-1]
-        directory = tmp_path / str(run)
-        directory.mkdir()
-        with ReplayedEngine(Recording(CAPTURES / f"{name}.jsonl.gz")) as engine:
-            daemon = DaemonProcess(
-                directory, "--engine", engine.endpoint, "--replay-endpoint", engine.replay_endpoint, "--worker", "w"
-            )
-            with daemon:
-                player = threading.Thread(target=play, args=(engine, len(capture.messages)))
-                player.start()
-                time.sleep(generator.uniform(0, len(capture.messages) * PACE_S * 1.3))
-                daemon.kill()
-                if generator.random() < 0.5:
-                    player.join()
-                daemon.start()
+@pytest.mark.parametrize("run", range(RUNS))
+def test_a_killed_daemon_neither_loses_nor_invents_nor_repeats(tmp_path: Path, run: int) -> None:
+    name = NAMES[run % len(NAMES)]
+    generator = random.Random(run)
+    capture = load_capture(name)
+    last = capture.stages[-1]
+    with ReplayedEngine(Recording(CAPTURES / f"{name}.jsonl.gz")) as engine:
+        arguments = ("--engine", engine.endpoint, "--replay-endpoint", engine.replay_endpoint, "--worker", "w")
+        with DaemonProcess(tmp_path, *arguments) as daemon:
+            player = threading.Thread(target=play, args=(engine, len(capture.messages)))
+            player.start()
+            time.sleep(generator.uniform(0, len(capture.messages) * PACE_S * 1.3))
+            daemon.kill()
+            if generator.random() < 0.5:
                 player.join()
-                wait_until(lambda: daemon.stream()["last_seq"] == last.messages[-1].seq, f"run {run}: caught up")
-                wait_until(lambda: daemon.stream()["state"] == "live", "the replay has ended")
-                stream = daemon.stream()
-                assert daemon.copies()[stream["worker_id"]] == last.copies, f"run {run} of {name}"
-                assert stream["trust"] == "fresh"
-                assert stream["messages"] == len(last.messages)
-                assert (stream["blocks_stored"], stream["blocks_removed"]) == blocks_on_the_wire(last)
+            daemon.start()
+            player.join()
+            wait_until(lambda: daemon.stream()["last_seq"] == last.messages[-1].seq, "the last message is committed")
+            wait_until(lambda: daemon.stream()["state"] == "live", "the replay has ended")
+            stream = daemon.stream()
+            assert daemon.copies()[stream["worker_id"]] == last.copies
+            assert stream["trust"] == "fresh"
+            assert stream["messages"] == len(last.messages)
+            assert (stream["blocks_stored"], stream["blocks_removed"]) == blocks_on_the_wire(last)
