@@ -10,6 +10,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from .ending import EXIT_IO, Failure
+
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 """What a shell reports of a process that SIGINT or SIGPIPE ended."""
@@ -38,7 +40,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
-        assert isinstance(command, click.Command)  # noqa: S101
+        assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -50,7 +52,7 @@ class LazyGroup(click.Group):
         return named + click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """End quietly when the user interrupts or the reader of our output goes away."""
+        """End quietly when the user interrupts or the reader of our output goes away, never with a traceback of I/O."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -59,6 +61,8 @@ class LazyGroup(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(EXIT_BROKEN_PIPE)
+        except OSError as error:
+            raise Failure(str(error), EXIT_IO) from error
         return result
 
 

@@ -94,6 +94,7 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
     """The standard output, or a file that takes its name when all is written."""
     if output is None:
         yield sys.stdout.buffer
+        sys.stdout.flush()
         return
     draft = output.with_name(f".{output.name}.part")
     try:

@@ -294,8 +294,6 @@ class Config(_Section, frozen=True):
         followed: dict[tuple[str, str], int] = {}
         for number, source in enumerate(self.sources):
             at = f"sources[{number}]"
-            if (other := names.setdefault(source.name, number)) != number:
-                raise InvalidValue(f"{at}.name", f"{source.name!r} is already that of sources[{other}]")
             if source.max_message_bytes > self.writer.queue_max_bytes:
                 raise InvalidValue(
                     f"{at}.max_message_bytes", "more than writer.queue_max_bytes: it could never be queued"
@@ -303,6 +301,8 @@ class Config(_Section, frozen=True):
             for stream in source.streams():
                 if (other := followed.setdefault((stream.endpoint, source.topic), number)) != number:
                     raise InvalidValue(f"{at}.endpoint", f"{stream.endpoint} is already followed by sources[{other}]")
+            if (other := names.setdefault(source.name, number)) != number:
+                raise InvalidValue(f"{at}.name", f"{source.name!r} is already that of sources[{other}]")
         for number, source in enumerate(self.sources):
             worker, _, rank = source.name.rpartition("/")
             if rank.isdecimal() and worker in names:
