@@ -13,6 +13,7 @@ import msgspec
 
 import lmdb
 
+from ..matching import patience
 from ..model import CacheTier, GroupSpec, IdentityScope, StoreRun
 from .rows import COUNT, PLACE, PlaceRow
 
@@ -20,7 +21,7 @@ _encode = msgspec.msgpack.encode
 _decode_place = msgspec.msgpack.Decoder(PlaceRow).decode
 _decode_scope = msgspec.msgpack.Decoder(IdentityScope).decode
 
-VERSION_KEY = b"places_version"
+_VERSION_KEY = b"places_version"
 _NEXT_PLACE_KEY = b"next_place"
 _NEXT_SCOPE_KEY = b"next_scope"
 _SCOPE_CACHE_MAX = 100_000
@@ -93,19 +94,41 @@ def read_places(txn: lmdb.Transaction[bytes], tables: Tables) -> dict[int, Place
     return {PLACE.unpack(key)[0]: _decode_place(value) for key, value in txn.cursor(tables.places)}
 
 
+class LivePlaces(NamedTuple):
+    """The live places by number, and what `matching` needs to know of them."""
+
+    version: int
+    rows: dict[int, PlaceRow]
+    specs: dict[tuple[str, int], GroupSpec]
+    patience: int
+
+
 class PlaceCache:
     """The live places as of a read transaction, decoded again only when their version has changed."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
-        self._cached: tuple[int, dict[int, PlaceRow]] = (-1, {})
+        self._cached = LivePlaces(-1, {}, {}, 1)
 
-    def places(self, txn: lmdb.Transaction[bytes]) -> dict[int, PlaceRow]:
-        version = number_of(txn, self._tables.meta, VERSION_KEY)
+    def places(self, txn: lmdb.Transaction[bytes]) -> LivePlaces:
+        """The places of the state that `txn` reads."""
+        version = number_of(txn, self._tables.meta, _VERSION_KEY)
         cached = self._cached
-        if cached[0] != version:
-            cached = self._cached = (version, read_places(txn, self._tables))
-        return cached[1]
+        if cached.version != version:
+            rows = read_places(txn, self._tables)
+            specs = _specs(rows)
+            cached = self._cached = LivePlaces(version, rows, specs, patience(specs))
+        return cached
+
+
+def _specs(places: dict[int, PlaceRow]) -> dict[tuple[str, int], GroupSpec]:
+    specs: dict[tuple[str, int], GroupSpec] = {}
+    unknown = GroupSpec()
+    for place in places.values():
+        at = (place.worker_id, place.group)
+        if place.spec != unknown or at not in specs:
+            specs[at] = place.spec
+    return specs
 
 
 class WriterCatalog:
@@ -209,8 +232,8 @@ class WriterCatalog:
             txn.put(PLACE.pack(number), COUNT.pack(*self.counts[number]), db=self._tables.counts)
         self._changed_counts.clear()
         if self._places_changed:
-            version = number_of(txn, self._tables.meta, VERSION_KEY) + 1
-            txn.put(VERSION_KEY, version.to_bytes(8, "big"), db=self._tables.meta)
+            version = number_of(txn, self._tables.meta, _VERSION_KEY) + 1
+            txn.put(_VERSION_KEY, version.to_bytes(8, "big"), db=self._tables.meta)
             self._places_changed = False
 
     def totals(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,19 +11,32 @@ import msgspec
 import lmdb
 
 from ..errors import BackendError
-from ..matching import Held, patience, worker_matches
+from ..matching import Held, worker_matches
 from ..model import (
     CacheResidency,
     Cursor,
-    GroupSpec,
     Holding,
     IdentityScope,
     KvBlockKey,
     WorkerMatch,
 )
-from .catalog import PlaceCache, ScopeNames, Tables
+from .catalog import LivePlaces, PlaceCache, ScopeNames, Tables
 from .files import INDEX_FILE, open_reader
-from .rows import COUNT, PLACE, Entry, PlaceRow, holders, link_prefix, row_key, unpack_row
+from .rows import (
+    COUNT,
+    ENTRY_SIZE,
+    HOLDER,
+    HOLDER_SIZE,
+    LENGTH,
+    PARENT_LEN_AT,
+    PLACE,
+    ROW,
+    Entry,
+    PlaceRow,
+    link_prefix,
+    row_key,
+    unpack_row,
+)
 
 _MATCH_CHUNK = 64
 """Hashes looked up at a time in `match`: most chains end or fit within it."""
@@ -56,7 +69,7 @@ class LmdbReader:
 
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
         with self._env.begin() as txn:
-            places = self._places.places(txn)
+            places = self._places.places(txn).rows
             row = txn.get(row_key(block_hash), db=self._tables.blocks)
             if row is None:
                 return []
@@ -70,7 +83,7 @@ class LmdbReader:
             number = self._scopes.number(txn, scope)
             if number is None:
                 return []
-            places = self._places.places(txn)
+            places = self._places.places(txn).rows
             found = []
             children = sorted(self._children(txn, prefix_hash))
             for key, row in txn.cursor(blocks).getmulti([row_key(child) for child in children]):
@@ -96,47 +109,34 @@ class LmdbReader:
         return children
 
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
-        with self._env.begin() as txn:
+        with self._env.begin(db=self._tables.blocks) as txn:
             places = self._places.places(txn)
-            specs = _specs(places)
             number = None
             if scope is not None:
                 number = self._scopes.number(txn, scope)
                 if number is None:
                     return []
-            masks = self._masks(txn, places, number, block_hashes, patience(specs))
+            masks = self._masks(txn, places, number, block_hashes)
         held = [
             Held(row.worker_id, row.rank, row.tier, row.group, mask)
-            for place, mask in masks.items()
-            if (row := places.get(place)) is not None
+            for row, mask in ((places.rows[place], mask) for place, mask in masks.items())
         ]
-        return worker_matches(held, specs)
+        return worker_matches(held, places.specs)
 
     def _masks(
-        self,
-        txn: lmdb.Transaction[bytes],
-        places: dict[int, PlaceRow],
-        scope: int | None,
-        block_hashes: Sequence[bytes],
-        stop: int,
+        self, txn: lmdb.Transaction[bytes], places: LivePlaces, scope: int | None, block_hashes: Sequence[bytes]
     ) -> dict[int, int]:
-        """Which of the hashes each place holds, as bits. Stops at a chunk whose end nobody holds."""
-        cursor = txn.cursor(self._tables.blocks)
+        """Which of the hashes each place holds, as bits. Stops after a chunk at whose end nobody holds any."""
         masks: dict[int, int] = {}
         for start in range(0, len(block_hashes), _MATCH_CHUNK):
-            keys = [row_key(block_hash) for block_hash in block_hashes[start : start + _MATCH_CHUNK]]
-            rows = dict(cursor.getmulti(keys))
-            last_held = -1
-            for at, key in enumerate(keys):
-                row = rows.get(key)
-                if row is None:
-                    continue
-                bit = 1 << (start + at)
-                for place, holder_scope in holders(row):
-                    if (scope is None or holder_scope == scope) and place in places:
-                        masks[place] = masks.get(place, 0) | bit
-                        last_held = at
-            if last_held < len(keys) - stop:
+            keys = [LENGTH[len(one)] + one + ROW for one in block_hashes[start : start + _MATCH_CHUNK]]
+            last_held = start - 1
+            for head, mask in _masks_by_head(map(txn.get, keys)).items():
+                place, holder_scope = HOLDER.unpack(head)
+                if (scope is None or holder_scope == scope) and place in places.rows:
+                    masks[place] = masks.get(place, 0) | mask << start
+                    last_held = max(last_held, start + mask.bit_length() - 1)
+            if last_held < start + len(keys) - places.patience:
                 break
         return masks
 
@@ -145,7 +145,7 @@ class LmdbReader:
             counts = {PLACE.unpack(key)[0]: COUNT.unpack(value) for key, value in txn.cursor(self._tables.counts)}
             return [
                 Holding(row.worker_id, row.rank, row.tier, row.group, row.spec, *counts.get(number, (0, 0)))
-                for number, row in self._places.places(txn).items()
+                for number, row in self._places.places(txn).rows.items()
             ]
 
     def snapshot(self, directory: Path) -> Iterator[CacheResidency]:
@@ -169,7 +169,7 @@ class LmdbReader:
 
     def _records(self) -> Iterator[CacheResidency]:
         with self._env.begin() as txn:
-            places = self._places.places(txn)
+            places = self._places.places(txn).rows
             for key, row in txn.cursor(self._tables.blocks):
                 if len(key) == 2 + key[0] and row:
                     for entry in unpack_row(row)[1]:
@@ -196,11 +196,17 @@ class LmdbReader:
         )
 
 
-def _specs(places: dict[int, PlaceRow]) -> dict[tuple[str, int], GroupSpec]:
-    specs: dict[tuple[str, int], GroupSpec] = {}
-    unknown = GroupSpec()
-    for place in places.values():
-        at = (place.worker_id, place.group)
-        if place.spec != unknown or at not in specs:
-            specs[at] = place.spec
-    return specs
+def _masks_by_head(rows: Iterable[bytes | None]) -> dict[bytes, int]:
+    """In which of the rows there is an entry of a place and scope, as bits; by the bytes of the two."""
+    masks: dict[bytes, int] = {}
+    bit = 1
+    for row in rows:
+        if row is not None:
+            at = 1 + row[0]
+            end = len(row)
+            while at < end:
+                head = row[at : at + HOLDER_SIZE]
+                masks[head] = masks.get(head, 0) | bit
+                at += ENTRY_SIZE + row[at + PARENT_LEN_AT]
+        bit <<= 1
+    return masks

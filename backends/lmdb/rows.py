@@ -45,6 +45,7 @@ ROW_OF_ONE = Struct(">BIIIiIQQBB")
 """A row of one entry without a child, up to the parent."""
 _PLACE_SCOPE_INDEX = Struct(">II4xi")
 HOLDER = Struct(">II")
+HOLDER_SIZE = HOLDER.size
 PLACE = Struct(">I")
 COUNT = Struct(">QQ")
 
