@@ -4,17 +4,25 @@ The contract, which one conformance suite holds every backend to:
 
 * A record is the residency of one block on one worker at one tier. Its identity is (scope, block hash, group, worker,
   tier). The parent, index and token count of a key describe the block and are not part of its identity.
-* `apply` is all or nothing, with its cursors: after an error, or a crash at any moment, either every operation and every
-  cursor of the call is there or none is. Operations take effect in order.
-* A store of a record that exists adds a copy (`ref_count`), or only refreshes it when the run says not to count. What a run
-  does not know (its parent, its index) never overwrites what the record knows. A removal takes one copy; the record
-  leaves with its last one.
+* `apply` is all or nothing, with its cursors: after an error, or a crash at any moment, either every operation and
+  every cursor of the call is there or none is. Operations take effect in order.
+* A store of a record that exists adds a copy (`ref_count`), or only refreshes it when the run says not to count. What a
+  run does not know (its parent, its index; a token count, size or time of 0) never overwrites what the record knows.
+  A removal takes one copy of each record it concerns, whatever its scope; a record leaves with its last copy.
 * The place of a run in its chain comes from the worker's own record of the parent: same group, own tier first, then the
-  fastest tier. No such record: the index is unknown, which is not 0.
+  fastest tier, then the smallest scope. No such record: the index is unknown, which is not 0. A record of the parent in
+  another group tells the tenant and not the index.
+* A block of a run that is not consecutive takes scope, parent and index from the worker's own record of the same hash,
+  chosen in the same order; parent and index only if its token count is the same or was not told.
+* Every record is among the children of its parent, whether or not the parent is held.
+* The rank of a worker, and what a run says of a group, are those of a (worker, tier, group), from its first store until
+  it is cleared; it stays in `holdings` when its last record leaves.
 * `clear_worker` and ClearBlocks are visible at once, whatever the size; space may be reclaimed later by `reclaim`.
 * `len` and `metrics` do not walk the index.
-* One thread calls the methods that write (`apply`, `put`, `remove_block`, `clear*`, `reclaim`, `close`). Any thread may
-  read at any time, and sees the state between two calls, never a half-applied one.
+* One thread calls the methods that write (`apply`, `put`, `remove_block`, `clear*`, `forget_stream`, `reclaim`,
+  `close`). Any thread may read at any time, and sees the state between two calls, never a half-applied one.
+* The caller sees to it that hashes have 1 to MAX_HASH_BYTES bytes, that token counts fit 32 bits and indexes 31, that
+  times and sizes fit 63, and that there is at least one copy of what is `put`.
 """
 
 from __future__ import annotations
@@ -64,7 +72,7 @@ class IndexBackend(ABC):
 
     @abstractmethod
     def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
-        """Remove the worker's records of a block in `scope`, over tiers and groups. Returns how many; 0 the second time."""
+        """Remove the worker's records of a block in `scope`, over copies, tiers and groups. Returns how many."""
 
     @abstractmethod
     def clear_worker(self, worker_id: str) -> int:
@@ -88,7 +96,7 @@ class IndexBackend(ABC):
 
     @abstractmethod
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
-        """How many of these consecutive blocks each worker could serve, by tier. Those that could serve none are left out."""
+        """How many of these consecutive blocks each worker could serve, by tier. Who could serve none is left out."""
 
     @abstractmethod
     def holdings(self) -> list[Holding]:
@@ -96,7 +104,10 @@ class IndexBackend(ABC):
 
     @abstractmethod
     def snapshot(self) -> Iterator[CacheResidency]:
-        """Every record as of one moment, in no order. Close the iterator if it is not exhausted."""
+        """Every record as of the moment of the first `next`, in no order. Close the iterator if it is not exhausted.
+
+        Raises BackendError when a persistent backend has no room for what it needs to keep that moment.
+        """
 
     @abstractmethod
     def __len__(self) -> int:

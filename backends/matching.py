@@ -4,8 +4,8 @@ A hit in a worker needs, at a length of k blocks:
 * in each full-attention group every block up to k;
 * in each sliding-window group the last ceil((window - 1) / block_size) blocks before k, or all k of them when fewer;
 * in each state group (Mamba) the last block before k.
-This is vLLM's own `find_longest_cache_hit`, checked against the probes of the captured engines. Groups whose rule is not on
-the wire (chunked local attention, cross attention) are left out.
+This is vLLM's own `find_longest_cache_hit`, checked against the probes of the captured engines. Groups whose rule is
+not on the wire (chunked local attention, cross attention) are left out.
 
 Held blocks are bit masks: bit i says that the i-th hash asked for is held.
 """

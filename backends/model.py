@@ -49,7 +49,7 @@ class KvBlockKey(msgspec.Struct, frozen=True):
     """One block of a chain. Within a scope and a group the block hash names the block; the rest describes it.
 
     `prefix_hash` is the hash of the parent block, `ROOT` at the start of a chain, None when it was never reported.
-    `block_index` counts blocks from the start of the chain, None when unknown. `token_count` is in tokens, 0 when unknown.
+    `block_index` counts blocks from the start of the chain, None if unknown. `token_count` is in tokens, 0 if unknown.
     """
 
     model_id: str
@@ -129,7 +129,7 @@ class StoreRun(msgspec.Struct, frozen=True, gc=False):
     """A worker stored a run of blocks under one parent. One per event, whatever the number of blocks.
 
     `consecutive` says that each block is the parent of the next one. Without it the engine left blocks out or sent bare
-    hashes: each block then takes its place in the chain from another record of the same worker and hash, if there is one.
+    hashes: each block takes its place in the chain from another record of the same worker and hash, if there is one.
     `tenant_from_parent`: the event names no tenant, so a run under a known parent belongs to the parent's.
     `token_count` is in tokens per block, `bytes_per_block` in bytes. `count_copies` adds to the `ref_count` of a record
     that exists; without it such a store only refreshes the record.

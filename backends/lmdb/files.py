@@ -1,7 +1,9 @@
 """The data directory: who owns it, what the machine was when it was written, and opening the LMDB file in it.
 
-index.mdb, index.mdb-lock   the index               owner.lock   held by the one process that writes
-boot.json                   how the last writer ran  snapshot-*   copies that a snapshot is being read from
+index.mdb, index.mdb-lock   the index
+owner.lock                  held by the one process that writes
+boot.json                   how the last writer ran
+snapshot-*                  copies that a snapshot is being read from
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ _MAX_READERS = 512
 
 
 class Durability(StrEnum):
-    """What a commit survives. `process`: kill -9. `consistent`: also a machine crash, less the last commits. `full`: all."""
+    """What a commit survives.
+
+    `process`: the death of the process. `consistent`: a machine crash too, but it may undo the last commit. `full`: all.
+    """
 
     PROCESS = "process"
     CONSISTENT = "consistent"
@@ -77,7 +82,7 @@ def boot_id() -> str:
 def discard_if_machine_crashed(directory: Path) -> bool:
     """Delete an index that an unsynced writer left when the machine went down. Returns whether it did.
 
-    Without syncing, a machine crash may leave the file corrupt. The HBM and DRAM that it describes died with the machine.
+    Without syncing, a machine crash may leave the file corrupt; the HBM and DRAM that it tells of died with the machine.
     """
     try:
         boot = msgspec.json.decode((directory / "boot.json").read_bytes(), type=_Boot)
@@ -126,7 +131,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def open_writer(directory: Path, durability: Durability, map_size: int) -> tuple[lmdb.Environment, Tables]:
-    """Open or create the index for writing, and note it. A file that is refused, and what was noted of it, stay as they are.
+    """Open or create the index for writing, and note it. A file that is refused stays as it is, and so does its note.
 
     Raises BackendFormat for a schema that is not ours, BackendCorrupt, BackendError.
     """

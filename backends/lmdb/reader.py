@@ -1,4 +1,4 @@
-"""Questions to the index, each answered in one short read transaction. Works from any thread, and from other processes."""
+"""Questions to the index, each answered in one short read transaction, from any thread and any process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How the index lies in the LMDB file.
 
-One B-tree (`blocks`) has all that is per block. A key starts with the length of a hash and the hash, so everything about
-one block is on one leaf page:
+One B-tree (`blocks`) has all that is per block. A key starts with the length of a hash and the hash, so everything
+about one block is on one leaf page:
 
     len | block hash | 00                  row of a block: its holders
     len | parent hash | 01 | child hash    link from a parent to a child, no value
@@ -11,11 +11,12 @@ one block is on one leaf page:
     entry  := place (4) scope (4) copies (4) index (4, signed, -1 unknown) tokens (4) last access ms (8) bytes (8)
               flags (1) parent_len (1) parent
 
-All integers are big-endian. `child` is the next block of the run that created the row: a link that costs no key of its own.
+All integers are big-endian. `child` is one child of the block: a link that costs no key of its own. Further children, and
+those of a block without a row, have links by key.
 A reader checks a child found by either link against the child's own row, so a link may outlive what it points to.
 
-`place` numbers a (worker, tier, group). Clearing a worker gives its places new numbers: entries under the old ones are dead
-from that commit on and are swept later. Numbers are never used twice. The small tables beside `blocks`:
+`place` numbers a (worker, tier, group). Clearing a worker ends its places: entries under their numbers are dead from
+that commit on and are swept later. Numbers are never used twice. The small tables beside `blocks`:
 
     places   place (4)  -> msgpack PlaceRow         counts   place (4) -> records (8) bytes (8)
     scopes   scope (4)  -> msgpack IdentityScope     dead     place (4) -> nothing

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend

@@ -6,6 +6,7 @@ from itertools import count
 from threading import Thread
 
 import pytest
+
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import (
     ROOT,

@@ -10,6 +10,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
