@@ -127,7 +127,10 @@ class IndexBackend(ABC):
 
     @abstractmethod
     def reclaim(self, rows: int) -> bool:
-        """Free space of cleared workers, looking at no more than `rows` rows. True while there is more to do."""
+        """Free space of cleared workers, looking at no more than `rows` rows. True while there is more to do.
+
+        Cheap when there is nothing to do; called now and then even so, it frees what killed readers held.
+        """
 
     @abstractmethod
     def close(self) -> None:

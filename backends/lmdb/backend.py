@@ -136,6 +136,7 @@ class LmdbBackend(IndexBackend):
         self._write(change)
 
     def reclaim(self, rows: int) -> bool:
+        self._env.reader_check()
         if not self._has_dead():
             return False
         return self._write(lambda txn, batch: sweep(txn, self._tables, batch, rows))

@@ -36,7 +36,7 @@ _MAX_READERS = 512
 class Durability(StrEnum):
     """What a commit survives.
 
-    `process`: the death of the process. `consistent`: a machine crash too, but it may undo the last commit. `full`: all.
+    `process`: the end of the process. `consistent`: a machine crash too, but it may undo the last commit. `full`: all.
     """
 
     PROCESS = "process"
@@ -82,7 +82,7 @@ def boot_id() -> str:
 def discard_if_machine_crashed(directory: Path) -> bool:
     """Delete an index that an unsynced writer left when the machine went down. Returns whether it did.
 
-    Without syncing, a machine crash may leave the file corrupt; the HBM and DRAM that it tells of died with the machine.
+    Without syncing, a machine crash may leave the file corrupt; the HBM and DRAM it tells of died with the machine.
     """
     try:
         boot = msgspec.json.decode((directory / "boot.json").read_bytes(), type=_Boot)

@@ -11,7 +11,7 @@ about one block is on one leaf page:
     entry  := place (4) scope (4) copies (4) index (4, signed, -1 unknown) tokens (4) last access ms (8) bytes (8)
               flags (1) parent_len (1) parent
 
-All integers are big-endian. `child` is one child of the block: a link that costs no key of its own. Further children, and
+All integers are big-endian. `child` is one child of the block: a link that costs no key of its own. Other children, and
 those of a block without a row, have links by key.
 A reader checks a child found by either link against the child's own row, so a link may outlive what it points to.
 
