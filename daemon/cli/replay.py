@@ -20,41 +20,45 @@ _LINGER_MS = 2000
 _WAIT_STEP_S = 0.1
 
 
-class _Lives(click.ParamType[int | None]):
-    """How often to play: a number, or `forever`, which is None."""
-
-    name = "N|forever"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value is None or value == "forever":
-            return None
-        text = str(value)
-        if not text.isdigit() or int(text) < 1:
-            self.fail(f"{text!r} is neither a number of at least 1 nor `forever`", param, ctx)
-        return int(text)
+def _lives(ctx: click.Context, option: click.Parameter, text: str) -> int | None:
+    """How often to play; None is for ever."""
+    if text == "forever":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text!r} is neither a number of at least 1 nor `forever`")
+    return int(text)
 
 
-class _ZmqEndpoint(click.ParamType[str]):
-    name = "ENDPOINT"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text = str(value)
-        if text:
-            try:
-                Endpoint.parse(text)
-            except ValueError as error:
-                self.fail(str(error), param, ctx)
-        return text
+def _endpoint(ctx: click.Context, option: click.Parameter, text: str) -> str:
+    try:
+        return str(Endpoint.parse(text)) if text else ""
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @click.command()
 @click.argument("recording", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--bind", type=_ZmqEndpoint(), default=_ANY_PORT, show_default=True, help="Publish here.")
-@click.option("--connect", type=_ZmqEndpoint(), default="", help="Publish to a consumer that binds here, instead.")
 @click.option(
-    "--replay-bind", type=_ZmqEndpoint(), default=_ANY_PORT, show_default=True, help='Answer replays here; "" for none.'
+    "--bind", callback=_endpoint, metavar="ENDPOINT", default=_ANY_PORT, show_default=True, help="Publish here."
 )
-@click.option("--replay-framing", type=click.Choice(list(ReplayFraming)), default=ReplayFraming.NEW, show_default=True)
+@click.option(
+    "--connect",
+    callback=_endpoint,
+    metavar="ENDPOINT",
+    default="",
+    help="Publish to a consumer that binds here, instead.",
+)
+@click.option(
+    "--replay-bind",
+    callback=_endpoint,
+    metavar="ENDPOINT",
+    default=_ANY_PORT,
+    show_default=True,
+    help='Answer replays here; "" for none.',
+)
+@click.option(
+    "--replay-framing", type=click.Choice([str(one) for one in ReplayFraming]), default="new", show_default=True
+)
 @click.option(
     "--buffer-steps",
     type=click.IntRange(min=0),
@@ -72,7 +76,8 @@ class _ZmqEndpoint(click.ParamType[str]):
 @click.option(
     "--loop",
     "lives",
-    type=_Lives(),
+    callback=_lives,
+    metavar="N|forever",
     default="1",
     show_default=True,
     help="Play so often; each time is a new engine life.",
