@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ from .files import (
     Durability,
     Owner,
     discard_if_machine_crashed,
+    disk_is_full,
     note_writer,
     open_writer,
     remove_stale_snapshots,
@@ -90,8 +92,8 @@ class LmdbBackend(IndexBackend):
             self._catalog = self._load_catalog()
             if isinstance(error, lmdb.MapFullError):
                 raise BackendFull(f"{self._directory}: the index has reached its map size") from error
-            if isinstance(error, lmdb.DiskError):
-                raise BackendFull(f"{self._directory}: cannot write the index: {error}") from error
+            if isinstance(error, lmdb.Error) and disk_is_full(self._directory):
+                raise BackendFull(f"{self._directory}: the disk is full ({error})") from error
             if isinstance(error, lmdb.Error):
                 raise BackendError(f"{self._directory}: {error}") from error
             raise
@@ -177,7 +179,11 @@ class LmdbBackend(IndexBackend):
         return (self._directory / INDEX_FILE).stat().st_blocks * 512
 
     def close(self) -> None:
-        self._env.sync(True)
-        self._env.close()
-        note_writer(self._directory, self._durability, clean=True)
-        self._owner.release()
+        try:
+            self._env.sync(True)
+            self._env.close()
+            # On a full disk the note goes on saying that the writer runs: it is not believed after a machine crash.
+            with suppress(OSError):
+                note_writer(self._directory, self._durability, clean=True)
+        finally:
+            self._owner.release()

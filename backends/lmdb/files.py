@@ -31,6 +31,8 @@ MAP_SIZE = 1 << 40
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SCHEMA_KEY = b"schema"
 _MAX_READERS = 512
+_FULL_BELOW = 1 << 20
+"""Free bytes under which a failed write is put down to a full disk."""
 
 
 class Durability(StrEnum):
@@ -112,6 +114,11 @@ def note_writer(directory: Path, durability: Durability, clean: bool) -> None:
         os.close(folder)
 
 
+def disk_is_full(directory: Path) -> bool:
+    """Whether that may be why a write failed: LMDB calls a write cut short an input/output error."""
+    return shutil.disk_usage(directory).free < _FULL_BELOW
+
+
 def remove_stale_snapshots(directory: Path) -> None:
     """Remove copies that a killed process left."""
     for path in directory.glob("snapshot-*"):
@@ -126,7 +133,7 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise BackendCorrupt(f"{path} is damaged ({error}); move it aside and start again to rebuild it") from error
     except lmdb.VersionMismatchError as error:
         raise BackendFormat(f"{path} was written by another version of LMDB ({error})") from error
-    except lmdb.Error as error:
+    except (lmdb.Error, OSError) as error:
         raise BackendError(f"{path}: {error}") from error
 
 
@@ -136,9 +143,9 @@ def open_writer(directory: Path, durability: Durability, map_size: int) -> tuple
     Raises BackendFormat for a schema that is not ours, BackendCorrupt, BackendError.
     """
     path = directory / INDEX_FILE
-    if not path.exists():
-        note_writer(directory, durability, clean=False)
     with _named_errors(path):
+        if not path.exists():
+            note_writer(directory, durability, clean=False)
         env = lmdb.open(
             str(path),
             subdir=False,
