@@ -86,7 +86,8 @@ async def errors_as_answers(request: web.Request, handler: Handler) -> web.Strea
         log.warning("request_failed", path=request.path, detail=str(error))
         return _error(request, HTTPStatus.SERVICE_UNAVAILABLE, "backend", str(error))
     except ConnectionError:
-        raise
+        log.debug("client_left", path=request.path)
+        return web.Response(status=HTTPStatus.BAD_REQUEST)
     except Exception:
         request_id = uuid4().hex[:12]
         log.exception("request_broke", request_id=request_id, method=request.method, path=request.path)

@@ -1,0 +1,162 @@
+"""Probes, streams, workers, the index page and metrics over real HTTP; and the life of the server itself."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvcensus.backends.memory import MemoryBackend
+from kvcensus.backends.model import CacheTier, GroupKind, GroupSpec
+from kvcensus.daemon.config import HttpConfig
+from kvcensus.daemon.http.server import HttpServer
+from kvcensus.daemon.status import Readiness, StreamState, Trust
+
+from .served import Client, View, chain, serving, status
+
+
+@pytest.fixture
+def view() -> View:
+    backend = MemoryBackend()
+    window = GroupSpec(GroupKind.WINDOW, 512, 16)
+    backend.apply(
+        [
+            chain(0, 3, "a/0", rank=0),
+            chain(0, 2, "a/0", rank=0, tier=CacheTier.CPU_DRAM),
+            chain(0, 1, "a/0", rank=0, group=1, spec=window),
+            chain(0, 5, "ghost"),
+        ]
+    )
+    idle = status(
+        "idle",
+        last_seq=-1,
+        state=StreamState.CONNECTING,
+        trust=Trust.STALE,
+        reason="no connection to the engine",
+        committed_ms=0,
+        engine_ms=0,
+    )
+    return View(backend, [status("a/0", rank=0), idle])
+
+
+@pytest.fixture
+def client(view: View) -> Iterator[Client]:
+    with serving(view) as client:
+        yield client
+
+
+def test_livez_follows_the_threads(client: Client, view: View) -> None:
+    assert (client.get("/livez").status, client.get("/livez").json) == (200, {"alive": True})
+    view.running = False
+    assert (client.get("/livez").status, client.get("/livez").json) == (503, {"alive": False})
+
+
+def test_readyz_lists_the_problems(client: Client, view: View) -> None:
+    assert (client.get("/readyz").status, client.get("/readyz").json) == (200, {"ready": True, "problems": []})
+    view.ready = Readiness(False, ["nothing can be written: full"])
+    answer = client.get("/readyz")
+    assert (answer.status, answer.json) == (503, {"ready": False, "problems": ["nothing can be written: full"]})
+
+
+def test_streams_tell_all_of_their_status_with_age_and_lag(client: Client) -> None:
+    before_ms = time.time() * 1000
+    followed, idle = client.get("/v1/streams").json["streams"]
+
+    age_ms, lag_s = followed.pop("age_ms"), followed.pop("lag_s")
+    assert followed == {
+        "stream": "a/0",
+        "source": "a",
+        "endpoint": "tcp://engine:5557",
+        "worker_id": "a/0",
+        "rank": 0,
+        "epoch": 1,
+        "last_seq": 41,
+        "state": "live",
+        "trust": "fresh",
+        "reason": "",
+        "since_ms": 1000,
+        "engine_ms": 1_700_000_000_000,
+        "committed_ms": 1_700_000_000_100,
+        "messages": 42,
+        "blocks_stored": 7,
+        "blocks_removed": 3,
+    }
+    assert age_ms == pytest.approx(before_ms - 1_700_000_000_100, abs=5000)
+    assert lag_s == pytest.approx(age_ms / 1000 + 0.1, abs=0.01)
+    assert (idle["last_seq"], idle["state"], idle["age_ms"], idle["lag_s"]) == (-1, "connecting", None, None)
+
+
+def test_workers_have_their_holdings_and_every_stream_has_a_worker(client: Client) -> None:
+    holder, ghost, idle = client.get("/v1/workers").json["workers"]
+
+    assert holder.pop("age_ms") > 0
+    full = {"kind": "full", "window": 0, "block_size": 0}
+    assert sorted(holder.pop("holdings"), key=lambda one: (one["group"], one["tier"])) == [
+        {"tier": "cpu_dram", "group": 0, "spec": full, "blocks": 2, "bytes": 200},
+        {"tier": "hbm", "group": 0, "spec": full, "blocks": 3, "bytes": 300},
+        {
+            "tier": "hbm",
+            "group": 1,
+            "spec": {"kind": "window", "window": 512, "block_size": 16},
+            "blocks": 1,
+            "bytes": 100,
+        },
+    ]
+    assert holder == {
+        "worker_id": "a/0",
+        "rank": 0,
+        "trust": "fresh",
+        "reason": "",
+        "since_ms": 1000,
+        "last_seq": 41,
+        "blocks": 6,
+        "bytes": 600,
+    }
+    assert (ghost["worker_id"], ghost["trust"], ghost["blocks"], ghost["age_ms"]) == ("ghost", "untrusted", 5, None)
+    assert ghost["reason"] == "no stream is configured for this worker"
+    assert (idle["worker_id"], idle["trust"], idle["blocks"], idle["holdings"]) == ("idle", "stale", 0, [])
+
+
+def test_the_index_page_lists_every_endpoint(client: Client) -> None:
+    index = client.get("/").json
+
+    assert index["name"] == "kvcensus"
+    for endpoint in index["endpoints"]:
+        if endpoint["method"] == "GET":
+            assert client.get(endpoint["path"]).status in (200, 400), endpoint
+        else:
+            assert client.post(endpoint["path"], {}).status == 400, endpoint
+    assert len(index["endpoints"]) == 13
+
+
+def test_metrics_in_the_text_format(client: Client) -> None:
+    answer = client.get("/metrics")
+
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert b'\nkvcensus_backend_records{backend="memory"} 11.0\n' in answer.raw
+    assert b"\nkvcensus_queue_messages 3.0\n" in answer.raw
+
+
+def test_a_connection_is_kept_for_many_questions(client: Client) -> None:
+    with client.socket() as connection:
+        for _ in range(3):
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(4096).endswith(b'{"alive":true}')
+
+
+def test_a_port_in_use_is_an_error_and_leaves_nothing_behind(client: Client, view: View) -> None:
+    async def start() -> None:
+        await HttpServer(view, HttpConfig()).start(client.host, client.port)
+
+    with pytest.raises(OSError, match="address already in use"):
+        asyncio.run(start())
+
+
+def test_a_stopped_server_listens_no_more(view: View) -> None:
+    with serving(view) as client, client.socket() as idle:
+        idle.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert idle.recv(4096)
+    with pytest.raises(ConnectionError):
+        socket.create_connection((client.host, client.port), timeout=5)
