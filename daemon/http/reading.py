@@ -104,7 +104,7 @@ def _hashes_of_one_length(values: list[str | int]) -> list[bytes] | None:
     except (TypeError, ValueError):
         return None
     size = len(packed) // len(values) if values else 0
-    if not 1 <= size <= MAX_HASH_BYTES or 2 * len(packed) != len(digits) or set(map(len, values)) != {2 * size}:  # type: ignore[arg-type]
+    if not 1 <= size <= MAX_HASH_BYTES or set(map(len, values)) != {2 * size}:  # type: ignore[arg-type]
         return None
     return [packed[at : at + size] for at in range(0, len(packed), size)]
 
