@@ -7,6 +7,8 @@ else gets no answer. The answer has each buffered message with a number >= start
     new framing  [identity, b"", topic, seq, payload]   end [identity, b"", b"", ff*8, b""]
 
 A sequence number that goes backwards in the recording is a restart of the engine: the buffer is lost, the sockets stay.
+When a recording is played again, its batches get the present time: no engine repeats a message byte for byte, and one
+that did would be taken for a duplicate.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from enum import StrEnum
 from queue import Empty, SimpleQueue
+from struct import Struct
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -32,6 +35,8 @@ _LIVE_HWM = 100_000
 """Messages that an engine holds for one subscriber before it drops, by default."""
 
 _END = b"\xff" * 8
+_FLOAT64 = 0xCB
+_SECONDS = Struct(">d")
 _BATCH = 64
 """Messages published between two looks at the replay socket."""
 
@@ -49,6 +54,7 @@ class ReplayedEngine:
     """The engine's end of a stream. One thread owns its sockets; every method may be called from one other thread.
 
     `messages` is iterated once for each life. Without `live_binds` the live socket connects, for a consumer that binds.
+    `fresh_timestamps` gives the batches of the first life the present time too.
     `replay_bind` "" means no replay socket. Raises zmq.ZMQError when an endpoint cannot be used.
     """
 
@@ -61,8 +67,10 @@ class ReplayedEngine:
         replay_bind: str = "tcp://127.0.0.1:0",
         buffer_steps: int = BUFFER_STEPS,
         framing: ReplayFraming = ReplayFraming.NEW,
+        fresh_timestamps: bool = False,
     ) -> None:
         self._messages = messages
+        self._fresh_timestamps = fresh_timestamps
         self._coming: Iterator[RecordedMessage] = iter(messages)
         self._upcoming: RecordedMessage | None = None
         self._last: RecordedMessage | None = None
@@ -127,6 +135,9 @@ class ReplayedEngine:
         if self.upcoming_is_restart():
             self.lose_buffer()
         batch = self._take(count)
+        if self._fresh_timestamps:
+            batch = [_at_present(message) for message in batch]
+            self._last = batch[-1] if batch and batch[-1].seq is not None else self._last
         self._ask(lambda: self._sockets.publish(batch, live, keep))
         self.published_count += len(batch)
         return len(batch)
@@ -208,6 +219,7 @@ class ReplayedEngine:
         self._coming = iter(self._messages)
         self._upcoming = None
         self._last = None
+        self._fresh_timestamps = True
         self.lose_buffer()
 
     def _ask(self, work: Callable[[], T]) -> T:
@@ -222,6 +234,16 @@ class ReplayedEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _at_present(message: RecordedMessage) -> RecordedMessage:
+    """The message with the present time in its batch, [float64 seconds, …]; any other payload as it is."""
+    payload = message.payload
+    if message.seq is None or len(payload) < 10 or payload[1] != _FLOAT64:
+        return message
+    return RecordedMessage(
+        message.received_ns, (*message.frames[:-1], payload[:2] + _SECONDS.pack(time.time()) + payload[10:])
+    )
 
 
 class _Count:

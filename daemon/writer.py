@@ -242,7 +242,7 @@ class Writer(threading.Thread):
 
     def _reject(self, stream: FollowedStream, progress: _Progress, seq: int, rejection: Rejection) -> None:
         stream.applied.rejections[rejection.reason] += 1
-        if rejection.reason not in _HARMLESS:
+        if rejection.reason not in _HARMLESS and progress.trust != Trust.UNTRUSTED:
             progress.set_trust(Trust.UNTRUSTED, f"message {seq} was refused: {rejection.detail}"[:300])
         now = time.monotonic()
         key = (stream.stream, rejection.reason)

@@ -28,8 +28,8 @@ from .frames import Workload
 _BURST = 256
 
 
-class _Event(msgspec.Struct, tag="BlockStored", tag_field="type", gc=False):
-    """A store event as one would declare it to msgspec, token ids left packed: what decoding it costs at the least."""
+class _Stored(msgspec.Struct, tag="BlockStored", tag_field="type"):
+    """A store event as one would declare it to msgspec, token ids left packed: what decoding costs at the least."""
 
     block_hashes: list[int | bytes]
     parent_block_hash: int | bytes | None
@@ -43,9 +43,19 @@ class _Event(msgspec.Struct, tag="BlockStored", tag_field="type", gc=False):
     kv_cache_spec_kind: str | None = None
 
 
-class _Batch(msgspec.Struct, array_like=True, gc=False):
+class _Removed(msgspec.Struct, tag="BlockRemoved", tag_field="type"):
+    block_hashes: list[int | bytes]
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _Cleared(msgspec.Struct, tag="AllBlocksCleared", tag_field="type"):
+    pass
+
+
+class _Batch(msgspec.Struct, array_like=True):
     ts: float
-    events: list[_Event]
+    events: list[_Stored | _Removed | _Cleared]
     data_parallel_rank: int | None = None
 
 

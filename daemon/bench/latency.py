@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -51,17 +51,34 @@ def match_in_process(backend: IndexBackend, chains: Sequence[Sequence[bytes]], b
 
 def match_over_http(port: int, chains: Sequence[Sequence[bytes]], blocks: int, times: int) -> Latency:
     """The same as a router asks it: POST /v1/match on one connection that stays open, the answer decoded."""
-    bodies = [json.dumps({"block_hashes": [one.hex() for one in query]}) for query in _queries(chains, blocks)]
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    headers = {"Content-Type": "application/json"}
+    queries = _queries(chains, blocks)
+    requests = [_request(json.dumps({"block_hashes": [one.hex() for one in query]}).encode()) for query in queries]
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def ask(number: int) -> object:
-        connection.request("POST", "/v1/match", bodies[number % len(bodies)], headers)
-        return json.loads(connection.getresponse().read())["workers"]
+        def ask(number: int) -> dict[str, list[dict[str, object]]]:
+            connection.sendall(requests[number % len(requests)])
+            answer: dict[str, list[dict[str, object]]] = json.loads(_body(connection))
+            return answer
 
-    found = ask(0)
-    assert isinstance(found, list)
-    assert found[0]["blocks"] == blocks, found
-    latency = _measure(ask, times)
-    connection.close()
-    return latency
+        found = ask(0)["workers"]
+        assert found[0]["blocks"] == blocks, found
+        return _measure(ask, times)
+
+
+def _request(body: bytes) -> bytes:
+    return (
+        b"POST /v1/match HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
+def _body(connection: socket.socket) -> bytes:
+    received = connection.recv(65536)
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65536)
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(65536)
+    return body

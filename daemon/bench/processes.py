@@ -88,12 +88,12 @@ def rss_mb(pid: int) -> tuple[float, float]:
 
 
 class Publisher:
-    """A process that publishes a workload as fast as it can, once told to."""
+    """A process that publishes a workload once told to, at `blocks_per_s` or as fast as it can."""
 
-    def __init__(self, blocks: int, blocks_per_message: int) -> None:
+    def __init__(self, blocks: int, blocks_per_message: int, blocks_per_s: float = 0.0) -> None:
         self.endpoint = f"tcp://127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "kvcensus.daemon.bench.processes"]
-        command += [self.endpoint, str(blocks), str(blocks_per_message)]
+        command += [self.endpoint, str(blocks), str(blocks_per_message), str(blocks_per_s)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def wait_ready(self) -> None:
@@ -128,9 +128,11 @@ class Fed(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def fed_daemon(blocks: int, blocks_per_message: int, backend: str, directory: Path) -> Iterator[Fed]:
+def fed_daemon(
+    blocks: int, blocks_per_message: int, backend: str, directory: Path, blocks_per_s: float = 0.0
+) -> Iterator[Fed]:
     """A daemon with its data under `directory`, after it has committed `blocks` blocks from a publisher process."""
-    publisher = Publisher(blocks, blocks_per_message)
+    publisher = Publisher(blocks, blocks_per_message, blocks_per_s)
     messages = -(-blocks // blocks_per_message)
     try:
         with (
@@ -159,7 +161,7 @@ def _ingest(port: int, publisher: Publisher, last_seq: int) -> float:
         time.sleep(_POLL_S)
 
 
-def _publish(endpoint: str, workload: Workload) -> None:
+def _publish(endpoint: str, workload: Workload, blocks_per_s: float) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     publisher = context.socket(zmq.XPUB)
     publisher.sndhwm = 0
@@ -168,7 +170,10 @@ def _publish(endpoint: str, workload: Workload) -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()
+    started = time.monotonic()
     for seq, payload in enumerate(workload.messages):
+        if blocks_per_s:
+            time.sleep(max(0.0, started + seq * workload.blocks_per_message / blocks_per_s - time.monotonic()))
         publisher.send_multipart([b"", seq.to_bytes(8, "big"), payload])
     sys.stdout.write(json.dumps([[one.hex() for one in chain] for chain in workload.chains]) + "\n")
     sys.stdout.flush()
@@ -177,4 +182,4 @@ def _publish(endpoint: str, workload: Workload) -> None:
 
 
 if __name__ == "__main__":
-    _publish(sys.argv[1], make_workload(int(sys.argv[2]), int(sys.argv[3])))
+    _publish(sys.argv[1], make_workload(int(sys.argv[2]), int(sys.argv[3])), float(sys.argv[4]))

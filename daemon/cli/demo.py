@@ -38,7 +38,7 @@ _WORKER = "demo-engine"
 @click.option(
     "--http", "listen", default="127.0.0.1:0", show_default=True, help="HOST:PORT of the daemon; port 0 for any."
 )
-@click.option("--speed", default=4.0, show_default=True, help="Times the recorded pace.")
+@click.option("--speed", default=0.2, show_default=True, help="Times the recorded pace.")
 @click.option("--seconds", type=float, help="Stop after so long.  [default: until Ctrl-C]")
 def demo(data_dir: Path, listen: str, speed: float, seconds: float | None) -> None:
     """Follow a recorded vLLM engine and show the index live.
@@ -78,7 +78,7 @@ def _child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[bytes]
 def _engine(path: Path, speed: float) -> Iterator[dict[str, str]]:
     """A process that publishes the recording over ZMQ. Yields its endpoints."""
     command = ["replay", str(path), "--bind", "tcp://127.0.0.1:0", "--replay-bind", "tcp://127.0.0.1:0"]
-    command += ["--speed", str(speed), "--loop", "forever"]
+    command += ["--speed", str(speed), "--loop", "forever", "--restart-pause-ms", "1000", "--fresh-timestamps"]
     with _child(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         line = process.stdout.readline()

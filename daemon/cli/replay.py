@@ -105,6 +105,11 @@ def _endpoint(ctx: click.Context, option: click.Parameter, text: str) -> str:
     help="Give up when they do not come.",
 )
 @click.option(
+    "--fresh-timestamps",
+    is_flag=True,
+    help="Give each batch the present time, as a live engine does. Always so from the second life on.",
+)
+@click.option(
     "--linger-seconds",
     "linger_s",
     type=click.FloatRange(min=0),
@@ -122,6 +127,7 @@ def replay(
     restart_pause_ms: int,
     wait_subscribers: int,
     wait_timeout_s: float,
+    fresh_timestamps: bool,
     linger_s: float | None,
 ) -> None:
     """Publish RECORDING as an engine would: its sequence numbers live, and past messages on request.
@@ -137,6 +143,7 @@ def replay(
             replay_bind=replay_bind,
             buffer_steps=buffer_steps,
             framing=ReplayFraming(replay_framing),
+            fresh_timestamps=fresh_timestamps,
         )
     except zmq.ZMQError as error:
         raise Failure(f"{connect or bind}, {replay_bind}: {error.strerror}", EXIT_IO) from error

@@ -52,13 +52,24 @@ class _Link:
         self._context = context
         self.topic = options.topic.encode()
         self.replay: zmq.Socket[bytes] | None = None
-        self.live = self._socket(zmq.SUB)
-        self.live.setsockopt(zmq.SUBSCRIBE, self.topic)
-        self.monitor = self.live.get_monitor_socket(_MONITORED)
-        if options.bind:
-            self.live.bind(options.endpoint)
-        else:
-            self.live.connect(options.endpoint)
+        self.live, self.monitor = self._open_live()
+        self.reopen_at_ms = 0
+        self._connected_at_ms = 0
+        self._wait_ms = options.reconnect_min_ms
+
+    def _open_live(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        live = self._socket(zmq.SUB)
+        live.setsockopt(zmq.SUBSCRIBE, self.topic)
+        monitor = live.get_monitor_socket(_MONITORED)
+        try:
+            if self.options.bind:
+                live.bind(self.options.endpoint)
+            else:
+                live.connect(self.options.endpoint)
+        except zmq.ZMQError:
+            self._close_live(live, monitor)
+            raise
+        return live, monitor
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         options = self.options
@@ -73,6 +84,33 @@ class _Link:
             socket.heartbeat_timeout = 3 * options.heartbeat_ms
         return socket
 
+    def connected(self, now: int) -> None:
+        self.reopen_at_ms = 0
+        self._connected_at_ms = now
+
+    def disconnected(self, now: int) -> None:
+        """libzmq reconnects after a lost connection, but not after a message that broke the protocol or the size limit.
+
+        A new socket always does. A publisher that breaks each new connection at once is tried ever more slowly.
+        """
+        if self.options.bind:
+            return
+        lasted_ms = now - self._connected_at_ms
+        least, most = self.options.reconnect_min_ms, self.options.reconnect_max_ms
+        self._wait_ms = least if lasted_ms > most else min(most, 2 * self._wait_ms)
+        self.reopen_at_ms = now + self._wait_ms
+
+    def reopen(self) -> None:
+        self.reopen_at_ms = 0
+        self._close_live(self.live, self.monitor)
+        self.live, self.monitor = self._open_live()
+
+    @staticmethod
+    def _close_live(live: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        live.disable_monitor()
+        monitor.close()
+        live.close()
+
     def ask(self, start: int) -> None:
         self.stop_replay()
         self.replay = self._socket(zmq.DEALER)
@@ -86,9 +124,7 @@ class _Link:
 
     def close(self) -> None:
         self.stop_replay()
-        self.live.disable_monitor()
-        self.monitor.close()
-        self.live.close()
+        self._close_live(self.live, self.monitor)
 
 
 class ZmqIntake(threading.Thread):
@@ -144,6 +180,9 @@ class ZmqIntake(threading.Thread):
         now = time.monotonic_ns() // 1_000_000
         for link in list(self._links.values()):
             self._read_monitor(link, now)
+            if 0 < link.reopen_at_ms <= now:
+                link.reopen()
+                continue
             if link.replay is not None and link.replay in ready:
                 self._read_replay(link, now)
             if link.live in ready:
@@ -193,15 +232,18 @@ class ZmqIntake(threading.Thread):
         while link.monitor.poll(0):
             message = recv_monitor_message(link.monitor)
             if message["event"] == zmq.Event.HANDSHAKE_SUCCEEDED:
+                link.connected(now)
                 self._carry_out(link, link.stream.state.connected(now))
             else:
+                self._read_live(link, now, most=link.options.receive_hwm)
+                link.disconnected(now)
                 self._carry_out(link, link.stream.state.disconnected(now))
 
-    def _read_live(self, link: _Link, now: int) -> None:
+    def _read_live(self, link: _Link, now: int, most: int = _BURST_MESSAGES) -> None:
         receive = link.live.recv_multipart
         stream = link.stream
         intake = stream.intake
-        for _ in range(_BURST_MESSAGES):
+        for _ in range(most):
             try:
                 frames = receive(zmq.NOBLOCK)
             except zmq.Again:

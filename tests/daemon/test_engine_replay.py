@@ -341,3 +341,16 @@ def test_an_endpoint_is_free_again_after_the_stop() -> None:
             ReplayedEngine([], live=endpoint)
     with ReplayedEngine([], live=endpoint, replay_bind=replay_endpoint) as again:
         assert (again.endpoint, again.replay_endpoint) == (endpoint, replay_endpoint)
+
+
+def test_a_second_life_repeats_no_message_byte_for_byte(consumer: Consumer) -> None:
+    payload = b"\x93\xcb" + bytes(8) + b"\x90\x00"
+    with ReplayedEngine([message(0, payload)]) as engine:
+        consumer.subscribe(engine)
+        engine.publish()
+        engine.restart()
+        engine.publish()
+        first, second = (frames[2] for frames in consumer.live(2))
+    assert first == payload
+    assert second != payload
+    assert (second[:2], second[10:]) == (payload[:2], payload[10:])
