@@ -64,6 +64,9 @@ class _Run(msgspec.Struct, frozen=True, gc=False):
         index = None if self.base is None else self.base + place
         return _Record(self.scope, parent, index, self.token_count, 1, self.at_ms, self.size, False)
 
+    def index_after(self, block_hash: bytes) -> int | None:
+        return None if self.base is None else self.base + self.hashes.index(block_hash) + 1
+
     def next_of(self, block_hash: bytes) -> bytes | None:
         place = self.hashes.index(block_hash) + 1
         return self.hashes[place] if place < len(self.hashes) else None
@@ -144,6 +147,13 @@ class _Place:
     def store_run(self, run: _Run) -> tuple[int, list[int]]:
         """Store the new blocks of a run. Returns how many, and the positions of those that were here before."""
         hashes = run.hashes
+        if len(hashes) == 1 and hashes[0] not in self.blocks:
+            self.blocks[hashes[0]] = run
+            if run.parent is not None:
+                self.link(run.parent, hashes[0])
+            self.records += 1
+            self.bytes += run.size
+            return 1, []
         before = len(self.blocks)
         found = list(map(self.blocks.setdefault, hashes, repeat(run)))
         new = len(self.blocks) - before
@@ -337,7 +347,7 @@ class MemoryBackend(IndexBackend):
             for block_hash in run.block_hashes:
                 self._store_block(place, block_hash, self._placed_by_sibling(run, block_hash), run, result)
             return
-        scope, base = self._chain_of(run)
+        scope, base = self._chain_of(run, place)
         hashes = run.block_hashes
         shared = _Run(scope, hashes, run.parent, base, run.token_count, run.at_ms, run.bytes_per_block)
         new, known = place.store_run(shared)
@@ -355,12 +365,15 @@ class MemoryBackend(IndexBackend):
             )
             self._store_block(place, hashes[at], record, run, result)
 
-    def _chain_of(self, run: StoreRun) -> tuple[IdentityScope, int | None]:
+    def _chain_of(self, run: StoreRun, place: _Place) -> tuple[IdentityScope, int | None]:
         """The scope of a run and the index of its first block, from the worker's own record of the parent."""
         if run.parent is None:
             return run.scope, None
         if run.parent == ROOT:
             return run.scope, 0
+        known = place.blocks.get(run.parent)
+        if isinstance(known, _Run) and known.scope == run.scope:
+            return run.scope, known.index_after(run.parent)
         found = self._own_record(run, run.parent)
         if found is None:
             return run.scope, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, repeat
 from struct import Struct
 
@@ -32,6 +32,7 @@ from .rows import (
     pack_entry,
     pack_row,
     row_key,
+    sole_entry,
     sole_holder,
     unpack_row,
 )
@@ -214,17 +215,16 @@ class Batch:
     def _store_block(self, key: bytes, block_hash: bytes, entry: Entry, run: StoreRun) -> None:
         """Store one block. An entry beside living ones of others is appended to the row as it is."""
         row = self._overlay.row(key)
-        live = self._catalog.rows
-        if row is None or all(
-            place in live and (place != entry.place or scope != entry.scope) for place, scope in holders(row)
-        ):
-            self._overlay.rows[key] = (b"\x00" if row is None else row) + pack_entry(entry)
+        kept = b"\x00" if row is None else self._kept_beside(row, entry)
+        if kept is not None:
+            self._overlay.rows[key] = kept + pack_entry(entry)
             if entry.parent is not None:
                 self._overlay.link(entry.parent, block_hash)
             self._catalog.count(entry.place, 1, entry.size)
             self.result.stored += 1
             return
-        child, old = unpack_row(row)
+        live = self._catalog.rows
+        child, old = unpack_row(row or b"\x00")
         entries = [other for other in old if other.place in live]
         for at, same in enumerate(entries):
             if same.place == entry.place and same.scope == entry.scope:
@@ -241,12 +241,26 @@ class Batch:
             self.result.stored += 1
         self._write_entries(key, block_hash, child, old, entries)
 
+    def _kept_beside(self, row: bytes, entry: Entry) -> bytes | None:
+        """What a new entry can be appended to, None when the row has to be taken apart."""
+        live = self._catalog.rows
+        sole = sole_entry(row)
+        if sole is None:
+            others = holders(row)
+            return row if all(one[0] in live and one != entry[:2] for one in others) else None
+        if sole.place in live:
+            return row if sole[:2] != entry[:2] else None
+        return row[: 1 + row[0]] if sole.parent == entry.parent else None
+
     def _write_entries(
         self, key: bytes, block_hash: bytes, child: bytes, old: list[Entry], entries: list[Entry]
     ) -> None:
         """Write a block's entries; keeps the links from its parents and, when the row goes, the one to its child."""
         overlay, live = self._overlay, self._catalog.rows
-        overlay.rows[key] = pack_row(child, entries) if entries else None
+        if not entries:
+            self._drop_row(key, block_hash, child, {entry.parent for entry in old})
+            return
+        overlay.rows[key] = pack_row(child, entries)
         parents = {entry.parent for entry in entries}
         for parent in {entry.parent for entry in old} - parents:
             if parent is not None:
@@ -254,8 +268,23 @@ class Batch:
         for parent in parents - {entry.parent for entry in old if entry.place in live}:
             if parent is not None:
                 overlay.link(parent, block_hash)
-        if not entries and child and any(e.parent == block_hash for e in self._live_entries(row_key(child))):
-            overlay.link_by_key(block_hash, child)
+
+    def _drop_row(self, key: bytes, block_hash: bytes, child: bytes, parents: Iterable[bytes | None]) -> None:
+        overlay = self._overlay
+        overlay.rows[key] = None
+        for parent in parents:
+            if parent is not None:
+                overlay.unlink(parent, block_hash)
+        if child:
+            row = overlay.row(row_key(child))
+            if row is not None and block_hash in row and self._has_parent(row, block_hash):
+                overlay.link_by_key(block_hash, child)
+
+    def _has_parent(self, row: bytes, parent: bytes) -> bool:
+        live = self._catalog.rows
+        sole = sole_entry(row)
+        entries = unpack_row(row)[1] if sole is None else (sole,)
+        return any(entry.parent == parent and entry.place in live for entry in entries)
 
     def _remove(self, removal: RemoveBlocks, keys: list[bytes]) -> None:
         places = {
@@ -264,6 +293,13 @@ class Batch:
         live = self._catalog.rows
         for key, block_hash in zip(keys, removal.block_hashes):
             row = self._overlay.row(key)
+            sole = None if row is None else sole_entry(row)
+            if row is not None and sole is not None and sole.place in places and sole.copies == 1:
+                self._drop_row(key, block_hash, row[1 : 1 + row[0]], (sole.parent,))
+                self._catalog.count(sole.place, -1, -sole.size)
+                self.result.removed += 1
+                self.result.copies_removed += 1
+                continue
             child, old = unpack_row(row) if row is not None else (b"", [])
             kept = []
             found = 0

@@ -123,6 +123,17 @@ def unpack_row(row: bytes) -> tuple[bytes, list[Entry]]:
     return child, entries
 
 
+def sole_entry(row: bytes) -> Entry | None:
+    """The only entry of a row, None when there are more."""
+    at = 1 + row[0]
+    place, scope, copies, index, tokens, at_ms, size, flags, parent_len = ENTRY.unpack_from(row, at)
+    at += ENTRY_SIZE
+    if at + parent_len != len(row):
+        return None
+    parent = row[at:] if flags & PARENT_KNOWN else None
+    return Entry(place, scope, copies, index, tokens, at_ms, size, bool(flags & PINNED), parent)
+
+
 def sole_holder(row: bytes) -> tuple[int, int, int]:
     """The (place, scope, index) of the only entry of a row; (-1, -1, -1) when there are more."""
     at = 1 + row[0]
