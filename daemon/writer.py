@@ -29,8 +29,8 @@ _IDLE_WAIT_S = 0.2
 _RETRY_FULL_S = 1.0
 _LOG_EVERY_S = 10.0
 
-_HARMLESS = {RejectReason.MEDIUM, RejectReason.BLOCK_HASH}
-"""Rejections that cannot leave a block in the index that the worker has dropped: it was never stored."""
+_HARMLESS = {RejectReason.MEDIUM}
+"""Rejections that cannot leave a block in the index that the worker has dropped: none was ever stored there."""
 
 log = get_logger("writer")
 

@@ -89,9 +89,9 @@ class ChildrenQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class MatchedWorker(msgspec.Struct, frozen=True):
     """The prefix that one worker could serve, in blocks, and how far that can be believed.
 
-    `tiers` has the prefix within each tier alone, `blocks` the longest of these, and `blocks_any_tier` the prefix of
-    which every block lies on some tier. `last_seq` is -1 and `age_ms` null when nothing was ever committed for the
-    worker.
+    `worker_id` is NAME for a stream without a data-parallel rank, NAME/RANK for one with a rank. `tiers` has the prefix
+    within each tier alone, `blocks` the longest of these, and `blocks_any_tier` the prefix of which every block lies on
+    some tier. `last_seq` is -1 and `age_ms` null when nothing was ever committed for the worker.
     """
 
     worker_id: str

@@ -68,7 +68,7 @@ BAD_PAYLOADS: dict[str, tuple[bytes, str, str]] = {
     "2 GiB length header": (b"\x93\xcb" + bytes(8) + b"\xdd\x7f\xff\xff\xff", "payload", ""),
     "deep nesting": (b"\x93\xcb" + bytes(8) + b"\x91" * 100_000, "payload", ""),
     "unknown event": (batch({"type": "BlockFrobbed"}), "event_type", "events[0]"),
-    "hash of a wrong type": (batch(stored(1, block_hashes=["x"])), "event_shape", "events[0].block_hashes"),
+    "hash of a wrong type": (batch(stored(1, block_hashes=["x"])), "block_hash", "events[0].block_hashes"),
     "unknown medium": (batch(stored(1, medium="TAPE")), "medium", "events[0].medium"),
     "another rank": (encode([1.5, [STORED], 7]), "rank", "data_parallel_rank"),
 }
@@ -88,6 +88,7 @@ def test_a_bad_payload_is_named_and_counted_and_the_stream_goes_on(
     refused = [line for line in daemon.log() if line["event"] in ("message_refused", "event_refused")]
     assert len(refused) == 1
     assert (refused[0]["source"], refused[0]["seq"], refused[0]["epoch"]) == ("w", 1, 1)
+    assert refused[0]["reason"] == reason
     assert field in refused[0]["field"]
     assert refused[0]["detail"]
 
@@ -112,9 +113,7 @@ def test_an_event_that_is_refused_does_not_cost_its_siblings(daemon: DaemonProce
     [[b""], [b"", b""], [b"", b"", b"", b""], [b"", b"short", b"x"], [b"", bytes(8), b"x", b"y"]],
     ids=lambda frames: f"{len(frames)} frames",
 )
-def test_a_message_that_is_not_three_frames_is_counted(
-    daemon: DaemonProcess, peer: Peer, frames: list[bytes]
-) -> None:
+def test_a_message_that_is_not_three_frames_is_counted(daemon: DaemonProcess, peer: Peer, frames: list[bytes]) -> None:
     peer.socket.send_multipart(frames)
     peer.send(0, batch(stored(1)))
     wait_until(lambda: daemon.stream()["last_seq"] == 0, "the stream goes on")
