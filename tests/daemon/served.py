@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from prometheus_client import CollectorRegistry
+
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ROOT, CacheTier, GroupSpec, IdentityScope, StoreRun
 from kvcensus.daemon import metrics
 from kvcensus.daemon.config import HttpConfig
 from kvcensus.daemon.counters import AppliedCounters, IntakeCounters, WriterCounters
 from kvcensus.daemon.http.server import HttpServer
-from kvcensus.daemon.status import Readiness, StreamStatus, StreamState, Trust
-from prometheus_client import CollectorRegistry
+from kvcensus.daemon.status import Readiness, StreamState, StreamStatus, Trust
 
 SCOPE = IdentityScope("m", "m")
 
