@@ -1,10 +1,4 @@
-"""A recording published as an engine would: a PUB socket with its sequence numbers, a ROUTER socket that replays.
-
-Replay as vLLM and SGLang do it: a request is [identity, b"", start], start unsigned big-endian of any width; anything
-else gets no answer. The answer has each buffered message with a number >= start, then an end marker:
-
-    old framing  [identity, b"", seq, payload]          end [identity, b"", ff*8, b""]
-    new framing  [identity, b"", topic, seq, payload]   end [identity, b"", b"", ff*8, b""]
+"""A recording published as an engine would: over the sockets of an engine, with its sequence numbers.
 
 A sequence number that goes backwards in the recording is a restart of the engine: the buffer is lost, the sockets stay.
 When a recording is played again, its batches get the present time: no engine repeats a message byte for byte, and one
@@ -15,39 +9,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from enum import StrEnum
-from queue import Empty, SimpleQueue
+from collections.abc import Iterable, Iterator
 from struct import Struct
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
-import zmq
-
+from .engine_sockets import BUFFER_STEPS, EngineSockets, ReplayFraming
 from .recording import RecordedMessage
 
-BUFFER_STEPS = 10_000
-"""Messages that an engine keeps for replay by default."""
-
-_LIVE_HWM = 100_000
-"""Messages that an engine holds for one subscriber before it drops, by default."""
-
-_END = b"\xff" * 8
 _FLOAT64 = 0xCB
 _SECONDS = Struct(">d")
 _BATCH = 64
 """Messages published between two looks at the replay socket."""
-
-T = TypeVar("T")
-
-
-class ReplayFraming(StrEnum):
-    """How replies are framed. `old`: vLLM to 0.25, SGLang to 0.5.21. `new`: later ones, with the topic."""
-
-    OLD = "old"
-    NEW = "new"
 
 
 class ReplayedEngine:
@@ -74,8 +47,7 @@ class ReplayedEngine:
         self._coming: Iterator[RecordedMessage] = iter(messages)
         self._upcoming: RecordedMessage | None = None
         self._last: RecordedMessage | None = None
-        self._sockets = _Sockets(live, live_binds, replay_bind, buffer_steps, framing)
-        self._thread = threading.Thread(target=self._sockets.serve, name="replayed-engine", daemon=True)
+        self._sockets = EngineSockets(live, live_binds, replay_bind, buffer_steps, framing)
         self.endpoint = self._sockets.endpoint
         self.replay_endpoint = self._sockets.replay_endpoint
         self.published_count = 0
@@ -83,16 +55,12 @@ class ReplayedEngine:
 
     def start(self) -> Self:
         """Begin to serve. Publishes nothing by itself."""
-        self._thread.start()
+        self._sockets.start()
         return self
 
     def stop(self, linger_ms: int = 0) -> None:
         """Close both sockets, giving what was published up to `linger_ms` to leave. An engine gives none."""
-        if self._thread.is_alive():
-            self._ask(lambda: self._sockets.end(linger_ms))
-            self._thread.join()
-        else:
-            self._sockets.close(linger_ms)
+        self._sockets.stop(linger_ms)
 
     @property
     def subscribers(self) -> int:
@@ -106,7 +74,7 @@ class ReplayedEngine:
 
     def wait_subscribers(self, count: int = 1, timeout_s: float = 10.0) -> bool:
         """Wait until there are that many. False after `timeout_s`."""
-        return self._sockets.subscribed.wait_for(count, timeout_s)
+        return self._sockets.wait_subscribers(count, timeout_s)
 
     def upcoming(self) -> RecordedMessage | None:
         """The next message of the recording, None at its end. Raises RecordingError."""
@@ -138,7 +106,7 @@ class ReplayedEngine:
         if self._fresh_timestamps:
             batch = [_at_present(message) for message in batch]
             self._last = batch[-1] if batch and batch[-1].seq is not None else self._last
-        self._ask(lambda: self._sockets.publish(batch, live, keep))
+        self._sockets.ask(lambda: self._sockets.publish(batch, live, keep))
         self.published_count += len(batch)
         return len(batch)
 
@@ -204,15 +172,15 @@ class ReplayedEngine:
         """Send the last message again on the live socket."""
         if self._last is not None:
             again = self._last
-            self._ask(lambda: self._sockets.publish([again], live=True, keep=False))
+            self._sockets.ask(lambda: self._sockets.publish([again], live=True, keep=False))
 
     def lose_buffer(self) -> None:
         """Empty the replay buffer."""
-        self._ask(self._sockets.buffer.clear)
+        self._sockets.ask(self._sockets.buffer.clear)
 
     def mute(self, silent: bool = True) -> None:
         """Give no answer to replay requests from now on, or answer again."""
-        self._ask(lambda: self._sockets.set_mute(silent))
+        self._sockets.ask(lambda: self._sockets.set_mute(silent))
 
     def restart(self) -> None:
         """Begin the next life: the recording starts again, the buffer is empty, the sockets stay."""
@@ -221,11 +189,6 @@ class ReplayedEngine:
         self._last = None
         self._fresh_timestamps = True
         self.lose_buffer()
-
-    def _ask(self, work: Callable[[], T]) -> T:
-        if not self._thread.is_alive():
-            raise RuntimeError("the replayed engine does not run: start() it first")
-        return self._sockets.ask(work)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -244,145 +207,3 @@ def _at_present(message: RecordedMessage) -> RecordedMessage:
     return RecordedMessage(
         message.received_ns, (*message.frames[:-1], payload[:2] + _SECONDS.pack(time.time()) + payload[10:])
     )
-
-
-class _Count:
-    """A number that one thread sets and others wait for."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self.value = 0
-
-    def add(self, step: int) -> None:
-        with self._changed:
-            self.value += step
-            self._changed.notify_all()
-
-    def wait_for(self, count: int, timeout_s: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self.value >= count, timeout_s)
-
-
-class _Sockets:
-    """What the thread owns: the sockets, the replay buffer, and the work that others ask of it."""
-
-    def __init__(
-        self, live: str, live_binds: bool, replay_bind: str, buffer_steps: int, framing: ReplayFraming
-    ) -> None:
-        self.buffer: deque[RecordedMessage] = deque(maxlen=buffer_steps)
-        self.subscribed = _Count()
-        self.requests = 0
-        self._framing = framing
-        self._is_mute = False
-        self._linger_ms: int | None = None
-        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._context = zmq.Context()
-        try:
-            self._open(live, live_binds, replay_bind, buffer_steps)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-
-    def _open(self, live: str, live_binds: bool, replay_bind: str, buffer_steps: int) -> None:
-        self._woken, self._waker = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
-        self._woken.bind("inproc://work")
-        self._waker.connect("inproc://work")
-        self._live = self._context.socket(zmq.XPUB)
-        self._live.setsockopt(zmq.XPUB_VERBOSER, 1)
-        self._live.sndhwm = _LIVE_HWM
-        if live_binds:
-            self._live.bind(live)
-        else:
-            self._live.connect(live)
-        self.endpoint = _address(self._live) if live_binds else live
-        self._replay: zmq.Socket[bytes] | None = None
-        self.replay_endpoint = ""
-        if replay_bind:
-            self._replay = self._context.socket(zmq.ROUTER)
-            self._replay.sndhwm = 2 * (buffer_steps + 1)
-            self._replay.bind(replay_bind)
-            self.replay_endpoint = _address(self._replay)
-
-    @property
-    def subscribers(self) -> int:
-        return self.subscribed.value
-
-    def ask(self, work: Callable[[], T]) -> T:
-        """Have the thread do `work`, and return its result."""
-        done: Future[T] = Future()
-
-        def do() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:  # noqa: BLE001  (it belongs to the asking thread)
-                done.set_exception(error)
-
-        self._work.put(do)
-        self._waker.send(b"")
-        return done.result()
-
-    def end(self, linger_ms: int) -> None:
-        self._linger_ms = linger_ms
-
-    def set_mute(self, silent: bool) -> None:
-        self._is_mute = silent
-
-    def serve(self) -> None:
-        poller = zmq.Poller()
-        for socket in (self._woken, self._live, self._replay):
-            if socket is not None:
-                poller.register(socket, zmq.POLLIN)
-        while self._linger_ms is None:
-            ready = dict(poller.poll())
-            if self._live in ready:
-                self._see_subscriptions()
-            if self._replay is not None and self._replay in ready:
-                self._answer(self._replay)
-            if self._woken in ready:
-                self._woken.recv()
-                self._do_work()
-        self.close(self._linger_ms)
-
-    def close(self, linger_ms: int) -> None:
-        self._context.destroy(linger=linger_ms)
-
-    def _do_work(self) -> None:
-        try:
-            self._work.get_nowait()()
-        except Empty:
-            return
-
-    def _see_subscriptions(self) -> None:
-        while self._live.poll(0):
-            frame = self._live.recv()
-            if frame[:1] in (b"\x00", b"\x01"):
-                self.subscribed.add(1 if frame[0] else -1)
-
-    def publish(self, messages: Sequence[RecordedMessage], live: bool, keep: bool) -> None:
-        for message in messages:
-            if live and message.frames:
-                self._live.send_multipart(message.frames, copy=False)
-            if keep and message.seq is not None:
-                self.buffer.append(message)
-
-    def _answer(self, replay: zmq.Socket[bytes]) -> None:
-        request = replay.recv_multipart()
-        self.requests += 1
-        if self._is_mute or len(request) != 3 or request[1]:
-            return
-        client, _, start_frame = request
-        start = int.from_bytes(start_frame, "big")
-        for message in self.buffer:
-            if message.seq is not None and message.seq >= start:
-                self._reply(replay, client, message.frames)
-        self._reply(replay, client, (b"", _END, b""))
-
-    def _reply(self, replay: zmq.Socket[bytes], client: bytes, frames: tuple[bytes, ...]) -> None:
-        shown = frames if self._framing is ReplayFraming.NEW else frames[1:]
-        replay.send_multipart((client, b"", *shown), copy=False)
-
-
-def _address(socket: zmq.Socket[bytes]) -> str:
-    """Where a consumer on this machine connects to."""
-    bound = socket.get_string(zmq.LAST_ENDPOINT)
-    return bound.replace("tcp://0.0.0.0:", "tcp://127.0.0.1:").replace("tcp://[::]:", "tcp://127.0.0.1:")

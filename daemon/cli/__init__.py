@@ -23,6 +23,7 @@ COMMANDS = {
     "snapshot": "Write the whole index as JSON lines.",
     "record": "Write the raw messages of a live stream to a file.",
     "replay": "Publish a recording as an engine would.",
+    "simulate": "Publish what engines would, and tell what they really hold.",
     "demo": "Replay a recorded engine into a daemon and show live figures.",
     "bench": "Measure ingest and match on this machine.",
     "completion": "Print the completion script of a shell.",

@@ -10,7 +10,8 @@ import msgspec
 import zmq
 
 from ..config.endpoints import Endpoint
-from ..engine_replay import BUFFER_STEPS, ReplayedEngine, ReplayFraming
+from ..engine_replay import ReplayedEngine
+from ..engine_sockets import BUFFER_STEPS, ReplayFraming
 from ..recording import Recording, RecordingError
 from .ending import EXIT_DATA, EXIT_IO, EXIT_UNAVAILABLE, Failure, signals_set
 

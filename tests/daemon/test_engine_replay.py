@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from kvcensus.daemon.engine_replay import ReplayedEngine, ReplayFraming
+from kvcensus.daemon.engine_replay import ReplayedEngine
+from kvcensus.daemon.engine_sockets import ReplayFraming
 from kvcensus.daemon.recording import RecordedMessage, Recording
 
 CAPTURES = Path(__file__).parents[1] / "captures"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvcensus.daemon.engine_replay import ReplayedEngine, ReplayFraming
+from kvcensus.daemon.engine_replay import ReplayedEngine
+from kvcensus.daemon.engine_sockets import ReplayFraming
 from kvcensus.daemon.recording import Recording
 
 from ..captures_reader import CAPTURES, Stage, capture_names, load_capture
