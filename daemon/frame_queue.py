@@ -30,7 +30,7 @@ _OVERHEAD_BYTES = 128
 
 
 class FrameQueue:
-    """Messages on their way to the writer, bounded in number and in bytes.
+    """Messages on their way to the writer, bounded in number and in bytes. They come and go in bursts.
 
     A full queue makes the receiver wait, so it stops reading. What the transport then drops is a gap, and
     a replay heals it.
@@ -39,42 +39,48 @@ class FrameQueue:
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
-        self._items: deque[Item] = deque()
+        self._bursts: deque[tuple[list[Item], int]] = deque()
+        self._messages = 0
         self._bytes = 0
         self._closed = False
         self._lock = threading.Lock()
         self._filled = threading.Condition(self._lock)
         self._drained = threading.Condition(self._lock)
 
-    def put_many(self, items: list[Item]) -> bool:
+    def put(self, burst: list[Item], payload_bytes: int) -> bool:
         """Append items in order, waiting for room. False when the queue is closed and they were not taken.
 
-        Items go in together once there is any room, so the bound can be passed by one such burst.
+        `payload_bytes` is the size of their payloads. A burst goes in whole once there is any room, so it may pass the
+        bounds.
         """
-        size = sum(len(getattr(item, "payload", b"")) + _OVERHEAD_BYTES for _, item in items)
+        size = payload_bytes + _OVERHEAD_BYTES * len(burst)
         with self._lock:
-            while not self._closed and (len(self._items) >= self._max_messages or self._bytes >= self._max_bytes):
+            while not self._closed and (self._messages >= self._max_messages or self._bytes >= self._max_bytes):
                 self._drained.wait()
             if self._closed:
                 return False
-            self._items.extend(items)
+            self._bursts.append((burst, size))
+            self._messages += len(burst)
             self._bytes += size
             self._filled.notify()
         return True
 
-    def take(self, most: int, timeout_s: float) -> list[Item]:
-        """Up to `most` items in order, waiting up to `timeout_s` for the first. An empty list when there is none."""
+    def take(self, timeout_s: float) -> list[Item]:
+        """The next burst, waiting up to `timeout_s` for it. An empty list when there is none."""
         deadline = time.monotonic() + timeout_s
         with self._lock:
-            while not self._items and not self._closed:
+            while not self._bursts and not self._closed:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return []
                 self._filled.wait(left)
-            taken = [self._items.popleft() for _ in range(min(most, len(self._items)))]
-            self._bytes -= sum(len(getattr(item, "payload", b"")) + _OVERHEAD_BYTES for _, item in taken)
+            if not self._bursts:
+                return []
+            burst, size = self._bursts.popleft()
+            self._messages -= len(burst)
+            self._bytes -= size
             self._drained.notify_all()
-        return taken
+        return burst
 
     def close(self) -> None:
         """Take nothing more; what is queued can still be taken."""
@@ -90,4 +96,4 @@ class FrameQueue:
 
     def depth(self) -> tuple[int, int]:
         """Messages and bytes waiting."""
-        return len(self._items), self._bytes
+        return self._messages, self._bytes

@@ -14,17 +14,17 @@ import msgspec
 
 from kvcensus.backends.errors import BackendFull
 from kvcensus.backends.interface import IndexBackend
-from kvcensus.backends.model import ApplyResult, ClearBlocks, Cursor, Operation, StoreRun
+from kvcensus.backends.model import ApplyResult, ClearBlocks, Cursor, Operation, RemoveBlocks, StoreRun
 from kvcensus.translators.translation import Rejection, RejectReason, Translation, worker_id_of
 
-from .counters import WriterCounters
+from .counters import AppliedCounters, WriterCounters
 from .followed import FollowedStream, now_ms
 from .frame_queue import Barrier, FrameQueue, Item, Retire
 from .logs import get_logger
+from .quarantine import Quarantine
 from .status import Trust
 from .streams.verdicts import Apply, Fence, NewEpoch, fingerprint
 
-_TAKE_MESSAGES = 512
 _IDLE_WAIT_S = 0.2
 _RETRY_FULL_S = 1.0
 _LOG_EVERY_S = 10.0
@@ -90,8 +90,11 @@ class _Progress:
 class Writer(threading.Thread):
     """Applies the queue to the backend until the queue is closed and empty."""
 
-    def __init__(self, backend: IndexBackend, queue: FrameQueue, options: WriterOptions) -> None:
+    def __init__(
+        self, backend: IndexBackend, queue: FrameQueue, options: WriterOptions, quarantine: Quarantine | None = None
+    ) -> None:
         super().__init__(name="writer", daemon=True)
+        self._quarantine = quarantine
         self._backend = backend
         self._queue = queue
         self._options = options
@@ -125,7 +128,7 @@ class Writer(threading.Thread):
         deadline = None
         wait_s = _IDLE_WAIT_S
         while True:
-            items = self._queue.take(_TAKE_MESSAGES, wait_s)
+            items = self._queue.take(wait_s)
             for item in items:
                 self._gather(item)
             now = time.monotonic()
@@ -134,6 +137,8 @@ class Writer(threading.Thread):
                     if self._queue.closed:
                         return False
                     self._backend.reclaim(self._options.reclaim_rows)
+                    if self._quarantine is not None:
+                        self._quarantine.flush()
                     return True
                 deadline = now + self._options.commit_max_ms / 1000
             wait_s = deadline - now
@@ -186,40 +191,50 @@ class Writer(threading.Thread):
 
     def _apply(self, stream: FollowedStream, message: Apply) -> None:
         progress = self._progress_of(stream)
-        translation = stream.translator.translate(message.payload, progress.facts)
+        payload = message.payload
+        translation = stream.translator.translate(payload, progress.facts)
         applied = stream.applied
         progress.seq = message.seq
-        progress.payload = message.payload
+        progress.payload = payload
         progress.messages += 1
         applied.messages += 1
-        self._check_rank(stream, progress, translation, message)
+        if translation.rank != progress.rank or not progress.worker_id or translation.rejections:
+            self._check_rank(stream, progress, translation, payload)
         progress.facts = translation.facts
         if translation.engine_ms:
             progress.engine_ms.append(translation.engine_ms)
-        events = applied.events
-        events["stored"] += translation.stored_events
-        events["removed"] += translation.removed_events
-        events["cleared"] += translation.cleared_events
-        self._blocks += 1
+        self._count_events(applied, translation)
+        blocks = 1
         for operation in translation.operations:
-            if isinstance(operation, ClearBlocks):
-                if operation.tier is None:
-                    progress.set_trust(Trust.FRESH, "")
-                continue
-            blocks = len(operation.block_hashes)
-            self._blocks += blocks
             if isinstance(operation, StoreRun):
-                progress.stored += blocks
-                applied.blocks_stored += blocks
-            else:
-                progress.removed += blocks
-                applied.blocks_removed += blocks
+                stored = len(operation.block_hashes)
+                blocks += stored
+                progress.stored += stored
+                applied.blocks_stored += stored
+            elif isinstance(operation, RemoveBlocks):
+                removed = len(operation.block_hashes)
+                blocks += removed
+                progress.removed += removed
+                applied.blocks_removed += removed
+            elif operation.tier is None:
+                progress.set_trust(Trust.FRESH, "")
+        self._blocks += blocks
         self._operations += translation.operations
         for rejection in translation.rejections:
-            self._reject(stream, progress, message.seq, rejection)
+            self._reject(stream, progress, message, rejection)
+
+    @staticmethod
+    def _count_events(applied: AppliedCounters, translation: Translation) -> None:
+        events = applied.events
+        if translation.stored_events:
+            events["stored"] += translation.stored_events
+        if translation.removed_events:
+            events["removed"] += translation.removed_events
+        if translation.cleared_events:
+            events["cleared"] += translation.cleared_events
 
     def _check_rank(
-        self, stream: FollowedStream, progress: _Progress, translation: Translation, message: Apply
+        self, stream: FollowedStream, progress: _Progress, translation: Translation, payload: bytes
     ) -> None:
         """A stream is of one rank: the configured one, or that of its first message."""
         if not translation.operations and any(rejection.event is None for rejection in translation.rejections):
@@ -236,12 +251,15 @@ class Writer(threading.Thread):
                     RejectReason.RANK,
                     f"data-parallel rank is {rank}, this stream's is {expected}",
                     field="data_parallel_rank",
-                    raw=message.payload,
+                    raw=payload,
                 )
             )
 
-    def _reject(self, stream: FollowedStream, progress: _Progress, seq: int, rejection: Rejection) -> None:
+    def _reject(self, stream: FollowedStream, progress: _Progress, message: Apply, rejection: Rejection) -> None:
+        seq = message.seq
         stream.applied.rejections[rejection.reason] += 1
+        if self._quarantine is not None:
+            self._quarantine.add(stream, progress.rank, progress.epoch, message, rejection)
         if rejection.reason not in _HARMLESS and progress.trust != Trust.UNTRUSTED:
             progress.set_trust(Trust.UNTRUSTED, f"message {seq} was refused: {rejection.detail}"[:300])
         now = time.monotonic()
@@ -265,6 +283,9 @@ class Writer(threading.Thread):
 
     def _commit(self) -> None:
         cursors = {stream: progress.advanced() for stream, progress in self._progress.items()}
+        if self._quarantine is not None:
+            # Before the cursors: a crash in between brings the same messages again, never loses one.
+            self._quarantine.flush()
         started = time.perf_counter()
         result = self._apply_until_done(list(cursors.values()))
         if result is None:

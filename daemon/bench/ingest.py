@@ -19,7 +19,7 @@ from kvcensus.translators.translation import TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 
 from ..followed import FollowedStream
-from ..frame_queue import FrameQueue
+from ..frame_queue import FrameQueue, Item
 from ..streams.state import StreamLimits
 from ..streams.verdicts import Verdict
 from ..writer import Writer, WriterOptions
@@ -88,10 +88,11 @@ def frames_to_index(workload: Workload, backend: IndexBackend, options: WriterOp
     live = stream.state.live
     messages = workload.messages
     for first in range(0, len(messages), _BURST):
-        burst: list[Verdict] = []
+        verdicts: list[Verdict] = []
         for seq in range(first, min(first + _BURST, len(messages))):
-            burst += live(seq, messages[seq], 0)
-        queue.put_many([(stream, verdict) for verdict in burst])  # type: ignore[misc]
+            verdicts += live(seq, messages[seq], 0)
+        burst: list[Item] = [(stream, verdict) for verdict in verdicts]  # type: ignore[misc]
+        queue.put(burst, sum(map(len, messages[first : first + _BURST])))
     queue.close()
     writer.join()
     elapsed = time.perf_counter() - started

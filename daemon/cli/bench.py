@@ -19,6 +19,7 @@ from ..bench.frames import make_workload
 from ..bench.ingest import decode_alone, frames_to_index, lmdb_ingest, memory_ingest
 from ..bench.latency import match_in_process, match_over_http
 from ..bench.processes import fed_daemon, rss_mb
+from ..collector import settle_collector
 from ..writer import WriterOptions
 
 _MATCH_BLOCKS = 64
@@ -36,6 +37,7 @@ _MEMORY_BLOCKS_PER_S = 100_000
 def bench(blocks: int, rss_blocks: str, rounds: int, work_dir: Path | None, as_json: bool) -> None:
     """Measure this machine. Every limit is measured in the same run as what is compared with it."""
     console = Console(stderr=True)
+    settle_collector()
     results: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count(), "blocks": blocks}
     with tempfile.TemporaryDirectory(dir=work_dir) as place:
         directory = Path(place)

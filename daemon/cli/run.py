@@ -12,6 +12,7 @@ import click
 
 from kvcensus.backends.errors import BackendBusy, BackendError, BackendFormat
 
+from ..collector import settle_collector
 from ..config import EXIT_CONFIG, Config, ConfigError, config_from_flags, load_config
 from ..http.server import HttpServer
 from ..logs import configure, get_logger
@@ -119,6 +120,7 @@ class _Daemon:
         server = None
         try:
             service.start()
+            settle_collector()
             server = await self._listen(service)
             log.info("started", pid=os.getpid(), backend=service.backend.name(), blocks=len(service.backend))
             while not self._stop.is_set() and service.failure() is None:

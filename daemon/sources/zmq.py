@@ -10,12 +10,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from queue import Empty, SimpleQueue
 
 import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from ..credentials import CredentialError, read_curve_keys
 from ..followed import FollowedStream
 from ..frame_queue import Barrier, FrameQueue, Item, Retire
 from ..logs import get_logger
@@ -24,7 +27,12 @@ from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Ve
 _END_OF_REPLAY = b"\xff" * 8
 _POLL_MS = 50
 _BURST_MESSAGES = 256
-_MONITORED = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+_HANDSHAKE_FAILED = {
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the connection ended in it",
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "not the same protocol, or keys that do not fit",
+    zmq.Event.HANDSHAKE_FAILED_AUTH: "the other side refuses our key",
+}
+_MONITORED = reduce(or_, _HANDSHAKE_FAILED, zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED)
 
 log = get_logger("zmq")
 
@@ -41,6 +49,8 @@ class ZmqOptions(msgspec.Struct, frozen=True):
     reconnect_min_ms: int = 100
     reconnect_max_ms: int = 5_000
     heartbeat_ms: int = 5_000
+    curve_server_key_file: str = ""
+    curve_secret_key_file: str = ""
 
 
 class _Link:
@@ -51,6 +61,11 @@ class _Link:
         self.options = options
         self._context = context
         self.topic = options.topic.encode()
+        self._curve = (
+            read_curve_keys(options.curve_server_key_file, options.curve_secret_key_file)
+            if options.curve_server_key_file
+            else None
+        )
         self.replay: zmq.Socket[bytes] | None = None
         self.live, self.monitor = self._open_live()
         self.reopen_at_ms = 0
@@ -79,6 +94,10 @@ class _Link:
         socket.maxmsgsize = options.max_message_bytes
         socket.reconnect_ivl = options.reconnect_min_ms
         socket.reconnect_ivl_max = options.reconnect_max_ms
+        if self._curve is not None:
+            socket.curve_serverkey = self._curve.server
+            socket.curve_publickey = self._curve.public
+            socket.curve_secretkey = self._curve.secret
         if options.heartbeat_ms and not options.endpoint.startswith("inproc://"):
             socket.heartbeat_ivl = options.heartbeat_ms
             socket.heartbeat_timeout = 3 * options.heartbeat_ms
@@ -138,6 +157,7 @@ class ZmqIntake(threading.Thread):
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
         self._out: list[Item] = []
+        self._out_bytes = 0
         self.error: BaseException | None = None
 
     def add(self, stream: FollowedStream, options: ZmqOptions) -> None:
@@ -204,7 +224,7 @@ class ZmqIntake(threading.Thread):
     def _open(self, stream: FollowedStream, options: ZmqOptions) -> None:
         try:
             self._links[stream.stream] = _Link(self._context, stream, options)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, CredentialError) as error:
             log.error(
                 "endpoint_unusable",
                 source=stream.source,
@@ -235,9 +255,23 @@ class ZmqIntake(threading.Thread):
                 link.connected(now)
                 self._carry_out(link, link.stream.state.connected(now))
             else:
+                if failed := _HANDSHAKE_FAILED.get(message["event"]):
+                    self._note_failed_handshake(link, failed)
                 self._read_live(link, now, most=link.options.receive_hwm)
                 link.disconnected(now)
                 self._carry_out(link, link.stream.state.disconnected(now))
+
+    def _note_failed_handshake(self, link: _Link, reason: str) -> None:
+        stream = link.stream
+        stream.intake.handshake_failures += 1
+        log.warning(
+            "handshake_failed",
+            source=stream.source,
+            stream=stream.stream,
+            endpoint=link.options.endpoint,
+            reason=reason,
+            curve=bool(link.options.curve_server_key_file),
+        )
 
     def _read_live(self, link: _Link, now: int, most: int = _BURST_MESSAGES) -> None:
         receive = link.live.recv_multipart
@@ -285,6 +319,7 @@ class ZmqIntake(threading.Thread):
         for verdict in verdicts:
             if isinstance(verdict, Apply):
                 self._out.append((link.stream, verdict))
+                self._out_bytes += len(verdict.payload)
             elif isinstance(verdict, AskReplay):
                 log.debug("replay_asked", source=link.stream.source, stream=link.stream.stream, start=verdict.start)
                 link.ask(verdict.start)
@@ -313,5 +348,6 @@ class ZmqIntake(threading.Thread):
     def _flush(self) -> None:
         """Hand over what the verdicts produced. Waits while the queue is full: nothing is read meanwhile."""
         if self._out:
-            items, self._out = self._out, []
-            self._queue.put_many(items)
+            burst, self._out = self._out, []
+            size, self._out_bytes = self._out_bytes, 0
+            self._queue.put(burst, size)
