@@ -22,7 +22,7 @@ class Overlay:
 
     def fetch(self, keys: Iterable[bytes]) -> None:
         """Look up rows together. Called once, before anything else."""
-        wanted = sorted(set(keys))
+        wanted = sorted(keys)
         self._stored = dict(self._txn.cursor(self._blocks).getmulti(wanted))
         self.rows = dict.fromkeys(wanted)
         self.rows.update(self._stored)
@@ -60,16 +60,18 @@ class Overlay:
     def write(self) -> int:
         """Write what has changed. Returns the bytes of the keys and values written."""
         rows, stored = self.rows, self._stored
-        puts = {key: row for key, row in rows.items() if row is not None and row is not stored.get(key)}
+        puts = [key for key, row in rows.items() if row is not None and row is not stored.get(key)]
         deletes = [key for key in stored if rows[key] is None]
         for key, wanted in self._links.items():
             if wanted:
-                puts[key] = b""
+                rows[key] = b""
+                puts.append(key)
             else:
                 deletes.append(key)
+        puts.sort()
+        values = [row for row in map(rows.__getitem__, puts) if row is not None]
         if puts:
-            keys = sorted(puts)
-            self._txn.cursor(self._blocks).putmulti(zip(keys, map(puts.__getitem__, keys)))
+            self._txn.cursor(self._blocks).putmulti(zip(puts, values))
         for key in sorted(deletes):
             self._txn.delete(key, db=self._blocks)
-        return sum(map(len, puts)) + sum(map(len, puts.values()))
+        return sum(map(len, puts)) + sum(map(len, values))
