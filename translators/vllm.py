@@ -39,7 +39,7 @@ from .wire import (
     PositionalBlockRemoved,
     PositionalBlockStored,
     WireDecoder,
-    raw_event,
+    raw_events,
 )
 
 INTEGER_HASHES_SEEN = 1
@@ -107,6 +107,7 @@ class VllmTranslator:
             detail = f"the engine's clock says {seconds}, which is no time; the events were taken without one"
             result.rejections.append(Rejection(RejectReason.PAYLOAD, detail, "ts"))
         worker_id = worker_id_of(self._options.worker, rank)
+        raws: list[msgspec.Raw] = []
         for position, event in enumerate(batch.events):
             try:
                 if isinstance(event, BlockStored):
@@ -122,8 +123,8 @@ class VllmTranslator:
                     result.rejections.append(event)
             except _BadEvent as bad:
                 where = f"events[{position}].{bad.field}"
-                raw = raw_event(payload, position)
-                result.rejections.append(Rejection(bad.reason, str(bad), where, position, raw))
+                raws = raws or raw_events(payload)
+                result.rejections.append(Rejection(bad.reason, str(bad), where, position, bytes(raws[position])))
         return result
 
     def _stored(self, event: BlockStored, worker_id: str, result: Translation) -> StoreRun:

@@ -177,12 +177,9 @@ class WireDecoder(Generic[EventT]):
         )
 
 
-def raw_event(payload: bytes, position: int) -> bytes:
-    """The bytes of one event of a payload that was decoded; all of them if they cannot be told apart any more."""
-    try:
-        return bytes(_decode_envelope(payload).events[position])
-    except UNDECODABLE:
-        return payload
+def raw_events(payload: bytes) -> list[Raw]:
+    """The events of a payload that was decoded before, as they were sent."""
+    return _decode_envelope(payload).events
 
 
 def _type_of(raw: Raw, in_map: bool) -> str | None:

@@ -1,5 +1,6 @@
 """What a peer may send, and how much of it is lost: a bad event costs itself, and nothing raises."""
 
+import time
 from typing import Any
 
 import msgspec
@@ -261,3 +262,13 @@ def test_a_field_replaced_by_anything_leaves_its_siblings_alone(
         assert damaged.operations == siblings
     else:
         assert [*damaged.operations[:at], *damaged.operations[at + 1 :]] == siblings
+
+
+def test_many_bad_events_cost_each_its_share() -> None:
+    event = pack(["BlockRemoved", [1], "TAPE"])
+    payload = b"\x93" + pack(1.5) + b"\xdd" + (20_000).to_bytes(4, "big") + event * 20_000 + pack(0)
+    begun = time.thread_time()
+    rejections = translate(payload).rejections
+    took_s = time.thread_time() - begun
+    assert [one.raw for one in rejections] == [event] * 20_000
+    assert took_s < 3

@@ -1,0 +1,15 @@
+"""Every target by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import decoders
+from .decoders import Target
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "translator": decoders.translator,
+    "index": decoders.index,
+    "stream": decoders.stream,
+    "recording": decoders.recording,
+}
