@@ -1,21 +1,16 @@
 """The index in this process's memory: the fastest, and gone with the process.
 
-Each (worker, tier, group) is a place with a dictionary from block hash to what is known of it. A block seen once shares
-the object of the run that stored it with the other blocks of that run, so a run of 64 new blocks costs two dictionary
-updates and no object per block. A block touched again gets records of its own.
+Each (worker, tier, group) is a `Place` with a dictionary from block hash to what is known of it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import repeat
-from typing import NamedTuple
-
-import msgspec
 
 from .interface import IndexBackend
 from .matching import Held, patience, worker_matches
+from .memory_place import Known, Place, Record, Run
 from .model import (
     ROOT,
     TIER_NUMBER,
@@ -36,148 +31,12 @@ from .model import (
 )
 
 
-class _Record(NamedTuple):
-    scope: IdentityScope
-    parent: bytes | None
-    block_index: int | None
-    token_count: int
-    ref_count: int
-    at_ms: int
-    size: int
-    pinned: bool
-
-
-class _Run(msgspec.Struct, frozen=True, gc=False):
-    """What the blocks of one store have in common, as long as each was stored once."""
-
-    scope: IdentityScope
-    hashes: tuple[bytes, ...]
-    parent: bytes | None
-    base: int | None
-    token_count: int
-    at_ms: int
-    size: int
-
-    def record(self, block_hash: bytes) -> _Record:
-        place = self.hashes.index(block_hash)
-        parent = self.hashes[place - 1] if place else self.parent
-        index = None if self.base is None else self.base + place
-        return _Record(self.scope, parent, index, self.token_count, 1, self.at_ms, self.size, False)
-
-    def index_after(self, block_hash: bytes) -> int | None:
-        return None if self.base is None else self.base + self.hashes.index(block_hash) + 1
-
-    def next_of(self, block_hash: bytes) -> bytes | None:
-        place = self.hashes.index(block_hash) + 1
-        return self.hashes[place] if place < len(self.hashes) else None
-
-
-_Known = _Run | tuple[_Record, ...]
-
-
-class _Place:
-    """What one worker holds at one tier in one group."""
-
-    __slots__ = ("blocks", "bytes", "children", "group", "rank", "records", "spec", "tier", "worker_id")
-
-    def __init__(self, worker_id: str, rank: int | None, tier: CacheTier, group: int) -> None:
-        self.worker_id = worker_id
-        self.rank = rank
-        self.tier = tier
-        self.group = group
-        self.spec = GroupSpec()
-        self.blocks: dict[bytes, _Known] = {}
-        self.children: dict[bytes, bytes | set[bytes]] = {}
-        self.records = 0
-        self.bytes = 0
-
-    def records_of(self, block_hash: bytes) -> tuple[_Record, ...]:
-        known = self.blocks.get(block_hash)
-        if known is None:
-            return ()
-        return (known.record(block_hash),) if isinstance(known, _Run) else known
-
-    def link(self, parent: bytes, child: bytes) -> None:
-        children = self.children.get(parent)
-        if children is None:
-            self.children[parent] = child
-        elif isinstance(children, set):
-            children.add(child)
-        elif children != child:
-            self.children[parent] = {children, child}
-
-    def unlink(self, parent: bytes, child: bytes) -> None:
-        children = self.children.get(parent)
-        if children == child:
-            del self.children[parent]
-        elif isinstance(children, set):
-            children.discard(child)
-            if not children:
-                del self.children[parent]
-
-    def children_of(self, parent: bytes) -> list[bytes]:
-        """Hashes among which the children of a block are. A block that shares its run has its next one as a child."""
-        linked = self.children.get(parent)
-        children: set[bytes | None] = set(linked) if isinstance(linked, set) else {linked}
-        known = self.blocks.get(parent)
-        if isinstance(known, _Run):
-            children.add(known.next_of(parent))
-        return sorted(child for child in children if child is not None)
-
-    def replace(self, block_hash: bytes, old: tuple[_Record, ...], new: tuple[_Record, ...]) -> None:
-        """Write all records of a block; keeps the counts and the links to its parents and out of its run."""
-        known = self.blocks.get(block_hash)
-        if isinstance(known, _Run):
-            child = known.next_of(block_hash)
-            if child is not None and child in self.blocks:
-                self.link(block_hash, child)
-        for record in old:
-            if record.parent is not None and all(other.parent != record.parent for other in new):
-                self.unlink(record.parent, block_hash)
-        for record in new:
-            if record.parent is not None:
-                self.link(record.parent, block_hash)
-        self.records += len(new) - len(old)
-        self.bytes += sum(r.size * r.ref_count for r in new) - sum(r.size * r.ref_count for r in old)
-        if new:
-            self.blocks[block_hash] = new
-        else:
-            self.blocks.pop(block_hash, None)
-
-    def store_run(self, run: _Run) -> tuple[int, list[int]]:
-        """Store the new blocks of a run. Returns how many, and the positions of those that were here before."""
-        hashes = run.hashes
-        if len(hashes) == 1 and hashes[0] not in self.blocks:
-            self.blocks[hashes[0]] = run
-            if run.parent is not None:
-                self.link(run.parent, hashes[0])
-            self.records += 1
-            self.bytes += run.size
-            return 1, []
-        before = len(self.blocks)
-        found = list(map(self.blocks.setdefault, hashes, repeat(run)))
-        new = len(self.blocks) - before
-        known: list[int] = []
-        if new != len(hashes):
-            first: dict[bytes, int] = {}
-            for at, block_hash in enumerate(hashes):
-                if found[at] is not run or first.setdefault(block_hash, at) != at:
-                    known.append(at)
-                    if at + 1 < len(hashes):
-                        self.link(block_hash, hashes[at + 1])
-        if run.parent is not None and not (known and known[0] == 0):
-            self.link(run.parent, hashes[0])
-        self.records += new
-        self.bytes += run.size * new
-        return new, known
-
-
 class MemoryBackend(IndexBackend):
     """The index in dictionaries, guarded by one lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._places: dict[str, dict[tuple[CacheTier, int], _Place]] = {}
+        self._places: dict[str, dict[tuple[CacheTier, int], Place]] = {}
         self._cursors: dict[str, Cursor] = {}
         self._puts = self._removes = self._scans = 0
 
@@ -213,7 +72,7 @@ class MemoryBackend(IndexBackend):
 
     def put(self, residency: CacheResidency) -> None:
         key = residency.key
-        record = _Record(
+        record = Record(
             key.scope,
             key.prefix_hash,
             key.block_index,
@@ -297,7 +156,7 @@ class MemoryBackend(IndexBackend):
             frozen = [(place, list(place.blocks.items())) for place in self._every_place()]
         for place, blocks in frozen:
             for block_hash, known in blocks:
-                records = (known.record(block_hash),) if isinstance(known, _Run) else known
+                records = (known.record(block_hash),) if isinstance(known, Run) else known
                 for record in records:
                     yield _residency(place, block_hash, record)
 
@@ -319,15 +178,15 @@ class MemoryBackend(IndexBackend):
     def close(self) -> None:
         self.clear()
 
-    def _every_place(self) -> Iterator[_Place]:
+    def _every_place(self) -> Iterator[Place]:
         for places in self._places.values():
             yield from places.values()
 
-    def _place(self, worker_id: str, rank: int | None, tier: CacheTier, group: int) -> _Place:
+    def _place(self, worker_id: str, rank: int | None, tier: CacheTier, group: int) -> Place:
         places = self._places.setdefault(worker_id, {})
         place = places.get((tier, group))
         if place is None:
-            place = places[tier, group] = _Place(worker_id, rank, tier, group)
+            place = places[tier, group] = Place(worker_id, rank, tier, group)
         return place
 
     def _specs(self) -> dict[tuple[str, int], GroupSpec]:
@@ -349,11 +208,11 @@ class MemoryBackend(IndexBackend):
             return
         scope, base = self._chain_of(run, place)
         hashes = run.block_hashes
-        shared = _Run(scope, hashes, run.parent, base, run.token_count, run.at_ms, run.bytes_per_block)
+        shared = Run(scope, hashes, run.parent, base, run.token_count, run.at_ms, run.bytes_per_block)
         new, known = place.store_run(shared)
         result.stored += new
         for at in known:
-            record = _Record(
+            record = Record(
                 scope,
                 hashes[at - 1] if at else run.parent,
                 None if base is None else base + at,
@@ -365,14 +224,14 @@ class MemoryBackend(IndexBackend):
             )
             self._store_block(place, hashes[at], record, run, result)
 
-    def _chain_of(self, run: StoreRun, place: _Place) -> tuple[IdentityScope, int | None]:
+    def _chain_of(self, run: StoreRun, place: Place) -> tuple[IdentityScope, int | None]:
         """The scope of a run and the index of its first block, from the worker's own record of the parent."""
         if run.parent is None:
             return run.scope, None
         if run.parent == ROOT:
             return run.scope, 0
         known = place.blocks.get(run.parent)
-        if isinstance(known, _Run) and known.scope == run.scope:
+        if isinstance(known, Run) and known.scope == run.scope:
             return run.scope, known.index_after(run.parent)
         found = self._own_record(run, run.parent)
         if found is None:
@@ -383,7 +242,7 @@ class MemoryBackend(IndexBackend):
             scope = IdentityScope(scope.model_id, scope.tokenizer_id, scope.adapter_id, own.scope.tenant_id)
         return scope, None if place.group != run.group or own.block_index is None else own.block_index + 1
 
-    def _own_record(self, run: StoreRun, block_hash: bytes) -> tuple[_Place, _Record] | None:
+    def _own_record(self, run: StoreRun, block_hash: bytes) -> tuple[Place, Record] | None:
         """The worker's record of a block that says most about a run: same group, then own tier, then the fastest."""
         places = self._places.get(run.worker_id, {})
         best = None
@@ -396,13 +255,13 @@ class MemoryBackend(IndexBackend):
                 best = (order, place)
         return None if best is None else (best[1], min(best[1].records_of(block_hash), key=_scope_order))
 
-    def _placed_by_sibling(self, run: StoreRun, block_hash: bytes) -> _Record:
+    def _placed_by_sibling(self, run: StoreRun, block_hash: bytes) -> Record:
         found = self._own_record(run, block_hash)
         if found is None:
-            return _Record(run.scope, None, None, run.token_count, 1, run.at_ms, run.bytes_per_block, False)
+            return Record(run.scope, None, None, run.token_count, 1, run.at_ms, run.bytes_per_block, False)
         _, own = found
         same_size = run.token_count in (0, own.token_count)
-        return _Record(
+        return Record(
             own.scope,
             own.parent if same_size else None,
             own.block_index if same_size else None,
@@ -413,9 +272,7 @@ class MemoryBackend(IndexBackend):
             False,
         )
 
-    def _store_block(
-        self, place: _Place, block_hash: bytes, record: _Record, run: StoreRun, result: ApplyResult
-    ) -> None:
+    def _store_block(self, place: Place, block_hash: bytes, record: Record, run: StoreRun, result: ApplyResult) -> None:
         old = place.records_of(block_hash)
         same = next((other for other in old if other.scope == record.scope), None)
         if same is None:
@@ -426,7 +283,7 @@ class MemoryBackend(IndexBackend):
             result.copies_added += 1
         else:
             result.refreshed += 1
-        merged = _Record(
+        merged = Record(
             record.scope,
             same.parent if record.parent is None else record.parent,
             same.block_index if record.block_index is None else record.block_index,
@@ -466,7 +323,7 @@ class MemoryBackend(IndexBackend):
         return cleared
 
 
-def _scope_order(record: _Record) -> tuple[str, str, bool, str, str]:
+def _scope_order(record: Record) -> tuple[str, str, bool, str, str]:
     scope = record.scope
     return (
         scope.model_id,
@@ -478,7 +335,7 @@ def _scope_order(record: _Record) -> tuple[str, str, bool, str, str]:
 
 
 def _held_by(
-    places: Sequence[_Place], scope: IdentityScope | None, block_hashes: Sequence[bytes], stop: int
+    places: Sequence[Place], scope: IdentityScope | None, block_hashes: Sequence[bytes], stop: int
 ) -> Iterator[Held]:
     """Which of the hashes one worker holds, up to where it misses `stop` of them in a row."""
     masks = [0] * len(places)
@@ -497,13 +354,13 @@ def _held_by(
             yield Held(place.worker_id, place.rank, place.tier, place.group, mask)
 
 
-def _in_scope(known: _Known, scope: IdentityScope) -> bool:
-    if isinstance(known, _Run):
+def _in_scope(known: Known, scope: IdentityScope) -> bool:
+    if isinstance(known, Run):
         return known.scope == scope
     return any(record.scope == scope for record in known)
 
 
-def _residency(place: _Place, block_hash: bytes, record: _Record) -> CacheResidency:
+def _residency(place: Place, block_hash: bytes, record: Record) -> CacheResidency:
     key = KvBlockKey.within(
         record.scope,
         block_hash,
