@@ -6,6 +6,7 @@ Each field has one writing thread, so an addition needs no lock.
 from __future__ import annotations
 
 from bisect import bisect_left
+from enum import StrEnum
 
 from kvcensus.translators.translation import RejectReason
 
@@ -79,3 +80,22 @@ class WriterCounters:
         self.copies_removed = 0
         self.unknown_removals = 0
         self.blocks_cleared = 0
+
+
+class DropCause(StrEnum):
+    """Why an entry left the quarantine without anybody asking: the limits, or a file that could not be written."""
+
+    SIZE = "size"
+    AGE = "age"
+    UNWRITTEN = "unwritten"
+
+
+class QuarantineCounters:
+    """What is in the quarantine as of its last write, and what the writer's thread counts of it."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.bytes = 0
+        self.added = 0
+        self.dropped = dict.fromkeys(DropCause, 0)
+        self.errors = 0

@@ -17,6 +17,7 @@ class FollowedStream:
 
     The intake thread owns `state` and `intake`; the writer thread owns `cursor`, `translator` and `applied`.
     Every other thread only reads whole values. `rank` is the configured one; the wire may show one where it is None.
+    `engine` is the type of its source.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class FollowedStream:
         limits: StreamLimits,
         translator: Translator,
         cursor: Cursor | None,
+        engine: str = "vllm",
     ) -> None:
         self.source = source
+        self.engine = engine
         self.stream = stream
         self.rank = rank
         self.endpoint = endpoint

@@ -178,6 +178,15 @@ WRITER_METRICS = (
     Declared(_C, "kvcensus_writer_blocks_cleared_total", "blocks_cleared", "Records dropped as a worker was cleared."),
 )
 
+QUARANTINE_METRICS = (
+    Declared(_G, "kvcensus_quarantine_entries", "entries", "Refused frames and events that are kept."),
+    Declared(_G, "kvcensus_quarantine_bytes", "bytes", "Bytes that they count for in quarantine.max_bytes."),
+    Declared(_C, "kvcensus_quarantine_added_total", "added", "Refused frames and events that were put there."),
+    Declared(_C, "kvcensus_quarantine_dropped_total", "dropped",
+             "Those dropped because of a limit, or because the file could not be written.", ("cause",)),
+    Declared(_C, "kvcensus_quarantine_errors_total", "errors", "Times that the file could not be written."),
+)
+
 DAEMON_METRICS = (
     Declared(_G, "kvcensus_queue_messages", "queued_messages", "Messages waiting for the writer."),
     Declared(_G, "kvcensus_queue_bytes", "queued_bytes", "Bytes of the messages waiting for the writer."),
@@ -192,6 +201,7 @@ SECTIONS = (
     ("Streams", STREAM_METRICS),
     ("Index", (BACKEND_UP, *INDEX_METRICS, *COMMIT_METRICS)),
     ("Writer", (*WRITER_METRICS, *DAEMON_METRICS)),
+    ("Quarantine", QUARANTINE_METRICS),
     ("Build", (BUILD_INFO,)),
 )
 
@@ -226,6 +236,7 @@ class DaemonCollector(Collector):
             yield from (_sampled(metric, [(backend, index)]) for metric in INDEX_METRICS)
         yield from (_sampled(metric, [(backend, view.writer_counters)]) for metric in COMMIT_METRICS)
         yield from (_sampled(metric, [((), view.writer_counters)]) for metric in WRITER_METRICS)
+        yield from (_sampled(metric, [((), view.quarantine_counters)]) for metric in QUARANTINE_METRICS)
         daemon = DaemonFigures(*view.queue_depth(), view.readiness().ready, index is not None)
         yield from (_sampled(metric, [((), daemon)]) for metric in DAEMON_METRICS)
         yield _sampled(BACKEND_UP, [(backend, daemon)])

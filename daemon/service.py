@@ -16,11 +16,12 @@ from kvcensus.backends.model import ClearBlocks, Cursor
 from kvcensus.translators.vllm import VllmTranslator
 
 from .config import BackendKind, Config, SourceConfig, StreamConfig
-from .counters import WriterCounters
+from .counters import QuarantineCounters, WriterCounters
 from .followed import FollowedStream
 from .frame_queue import Barrier, FrameQueue
 from .logs import get_logger
 from .metrics import install
+from .quarantine import Quarantine, QuarantineLimits
 from .sources.zmq import ZmqIntake, ZmqOptions
 from .status import Readiness, StreamCounters, StreamStatus
 from .streams.state import StreamLimits
@@ -40,10 +41,12 @@ class Service:
         self.registry = CollectorRegistry()
         self.backend: IndexBackend = _open_backend(config)
         self._queue = FrameQueue(config.writer.queue_max_messages, config.writer.queue_max_bytes)
+        self._quarantine = _open_quarantine(config)
         self._writer = Writer(
             self.backend,
             self._queue,
             WriterOptions(config.writer.commit_max_blocks, config.writer.commit_max_ms, config.index.reclaim_rows),
+            self._quarantine,
         )
         self._intake = ZmqIntake(self._queue)
         self._streams: dict[str, tuple[SourceConfig, FollowedStream]] = {}
@@ -53,6 +56,11 @@ class Service:
     def writer_counters(self) -> WriterCounters:
         """What the writer counts of itself."""
         return self._writer.counters
+
+    @property
+    def quarantine_counters(self) -> QuarantineCounters:
+        """What the quarantine holds, and has lost."""
+        return QuarantineCounters() if self._quarantine is None else self._quarantine.counters
 
     def start(self) -> None:
         """Drop what unconfigured streams left, then follow the configured ones from their cursors."""
@@ -85,6 +93,7 @@ class Service:
             ),
             translator=VllmTranslator(source.translator_options()),
             cursor=cursor,
+            engine=source.type,
         )
         self._streams = {**self._streams, stream.stream: (source, followed)}
         options = ZmqOptions(
@@ -120,7 +129,7 @@ class Service:
                 self._follow(source, stream, current[name][1].cursor if name in changed else None)
         needs_restart = [
             key
-            for key in ("data_dir", "backend", "http", "index", "writer")
+            for key in ("data_dir", "backend", "http", "index", "writer", "quarantine")
             if getattr(config, key) != getattr(self._config, key)
         ]
         self._config = config
@@ -145,6 +154,8 @@ class Service:
         if not drained:
             self._writer.abandon()
             self._writer.join()
+        if self._quarantine is not None:
+            self._quarantine.close()
         self.backend.close()
         return drained and self._writer.error is None
 
@@ -182,3 +193,12 @@ def _open_backend(config: Config) -> IndexBackend:
     if backend.discarded_after_crash:
         log.warning("index_discarded", reason="the machine went down while the index was written without syncing")
     return backend
+
+
+def _open_quarantine(config: Config) -> Quarantine | None:
+    limits = config.quarantine
+    if not limits.max_bytes:
+        return None
+    return Quarantine(
+        Path(config.data_dir), QuarantineLimits(limits.max_bytes, limits.max_age_hours, limits.max_payload_bytes)
+    )

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.interface import IndexBackend
 
-from .counters import AppliedCounters, IntakeCounters, WriterCounters
+from .counters import AppliedCounters, IntakeCounters, QuarantineCounters, WriterCounters
 
 
 class StreamState(StrEnum):
@@ -92,6 +92,10 @@ class DaemonView(Protocol):
     @property
     def writer_counters(self) -> WriterCounters:
         """What the writer counts of itself."""
+
+    @property
+    def quarantine_counters(self) -> QuarantineCounters:
+        """What the quarantine holds, and has lost."""
 
     def statuses(self) -> list[StreamStatus]:
         """Every configured stream."""

@@ -14,14 +14,14 @@ from typing import Any
 import msgspec
 
 from .errors import ConfigError, InvalidValue
-from .model import Config, HttpConfig, IndexConfig, LogConfig, SourceConfig, WriterConfig
+from .model import Config, HttpConfig, IndexConfig, LogConfig, QuarantineConfig, SourceConfig, WriterConfig
 from .toml_lines import line_of
 
 ENVIRONMENT_PREFIX = "KVCENSUS__"
 """Two underscores: Kubernetes sets KVCENSUS_PORT when a Service has the program's name."""
 
-_STRUCTS = (Config, HttpConfig, IndexConfig, WriterConfig, LogConfig, SourceConfig)
-_SECTIONS = ("http", "index", "writer", "log")
+_STRUCTS = (Config, HttpConfig, IndexConfig, WriterConfig, QuarantineConfig, LogConfig, SourceConfig)
+_SECTIONS = ("http", "index", "writer", "quarantine", "log")
 _AT = re.compile(r"(?P<reason>.*?)(?: - at `\$\.?(?P<key>.*?)`)?", re.DOTALL)
 _FIELD = re.compile(r"Object (?P<verb>contains unknown|missing required) field `(?P<field>[^`]*)`")
 _TOML_PLACE = re.compile(r"(?P<reason>.*) \(at (?:line (?P<line>[0-9]+), column [0-9]+|end of document)\)", re.DOTALL)

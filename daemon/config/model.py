@@ -125,6 +125,23 @@ class WriterConfig(_Section, frozen=True):
     """How long SIGTERM waits for the queue to be committed: well under the 30 s that Kubernetes gives."""
 
 
+class QuarantineConfig(_Section, frozen=True):
+    """What is kept of frames and events that were refused."""
+
+    max_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)] = 64 * _MIB
+    """Most to keep, with 512 bytes of overhead each; the oldest go first. 0 keeps nothing."""
+    max_age_hours: Positive = 168
+    """Older ones go: a week is long enough to find out on Monday what happened on Friday, and to upgrade."""
+    max_payload_bytes: PositiveBytes = _MIB
+    """A larger one is cut, and cannot be tried again: a batch that stores 65,536 tokens is 0.3 MB."""
+
+    def __post_init__(self) -> None:
+        if 0 < self.max_bytes < _MIB:
+            raise InvalidValue("max_bytes", f"less than {_MIB}, and not 0 for none")
+        if 0 < self.max_bytes < 2 * self.max_payload_bytes:
+            raise InvalidValue("max_payload_bytes", f"more than half of max_bytes ({self.max_bytes})")
+
+
 class LogConfig(_Section, frozen=True):
     """What is logged to stderr, and how."""
 
@@ -277,12 +294,13 @@ class Config(_Section, frozen=True):
     """All of it."""
 
     data_dir: str = "kvcensus-data"
-    """Directory of the index, relative to the working directory. Only the memory backend does not use it."""
+    """Directory of the index and the quarantine, relative to the working directory."""
     backend: BackendKind = BackendKind.LMDB
     """`lmdb` survives the process; `memory` is rebuilt from the engines at each start."""
     http: HttpConfig = HttpConfig()
     index: IndexConfig = IndexConfig()
     writer: WriterConfig = WriterConfig()
+    quarantine: QuarantineConfig = QuarantineConfig()
     log: LogConfig = LogConfig()
     sources: Annotated[tuple[SourceConfig, ...], msgspec.Meta(max_length=_MAX_SOURCES)] = ()
     """One table per engine."""

@@ -17,7 +17,7 @@ from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ROOT, CacheTier, GroupSpec, IdentityScope, StoreRun
 from kvcensus.daemon import metrics
 from kvcensus.daemon.config import HttpConfig
-from kvcensus.daemon.counters import AppliedCounters, IntakeCounters, WriterCounters
+from kvcensus.daemon.counters import AppliedCounters, IntakeCounters, QuarantineCounters, WriterCounters
 from kvcensus.daemon.http.server import HttpServer
 from kvcensus.daemon.status import Readiness, StreamState, StreamStatus, Trust
 
@@ -62,6 +62,7 @@ class View:
         self.backend = backend
         self.registry = CollectorRegistry()
         self.writer_counters = WriterCounters()
+        self.quarantine_counters = QuarantineCounters()
         self.shown = list(statuses)
         self.counters = [Counters(one.source, one.stream) for one in statuses]
         self.ready = Readiness(True, [])

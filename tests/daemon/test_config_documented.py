@@ -16,6 +16,7 @@ from kvcensus.daemon.config import (
     HttpConfig,
     IndexConfig,
     LogConfig,
+    QuarantineConfig,
     SourceConfig,
     WriterConfig,
     load_config,
@@ -29,6 +30,7 @@ HEADINGS: dict[str, type[msgspec.Struct]] = {
     "`[http]`": HttpConfig,
     "`[index]`": IndexConfig,
     "`[writer]`": WriterConfig,
+    "`[quarantine]`": QuarantineConfig,
     "`[log]`": LogConfig,
     "`[[sources]]`": SourceConfig,
 }
@@ -80,7 +82,7 @@ def test_every_option_of_a_command_is_documented(name: str) -> None:
     command = getattr(import_module(f"kvcensus.daemon.cli.{name}"), name)
     commands = [command, *command.commands.values()] if isinstance(command, click.Group) else [command]
     for one in commands:
-        assert f"kvcensus query {one.name}" in text or one is command
+        assert f"kvcensus {name} {one.name}" in text or one is command
         for parameter in one.params:
             if isinstance(parameter, click.Option):
                 assert re.search(rf"{parameter.opts[-1]}(?![\w-])", text), parameter.opts

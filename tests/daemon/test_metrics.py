@@ -16,6 +16,7 @@ from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import TIERS, CacheTier, Holding
 from kvcensus.daemon import metrics
+from kvcensus.daemon.counters import DropCause
 from kvcensus.daemon.status import Readiness, StreamState, Trust
 from kvcensus.translators.translation import RejectReason
 
@@ -74,7 +75,8 @@ def test_names_follow_the_conventions() -> None:
         assert metric.help.endswith(".")
         assert not re.search(r"_(ms|us|kb|mb)(_|$)", metric.name)
         assert set(metric.labels) <= {
-            *("source", "stream", "backend", "tier", "type", "reason", "state", "trust", "version", "python")
+            *("source", "stream", "backend", "tier", "type", "reason", "state", "trust", "version", "python"),
+            "cause",
         }
 
 
@@ -87,6 +89,7 @@ def test_every_value_of_a_closed_label_is_there_from_the_start(view: View) -> No
     assert values("kvcensus_stream_state", "state") == set(StreamState)
     assert values("kvcensus_stream_trust", "trust") == set(Trust)
     assert values("kvcensus_backend_tier_records", "tier") == set(TIERS)
+    assert values("kvcensus_quarantine_dropped_total", "cause") == set(DropCause)
     counters = {name for metric in DECLARED if metric.kind is metrics.Kind.COUNTER for name in [metric.name]}
     assert {value for (name, _), value in _scrape(view).items() if name in counters} == {0.0}
 
