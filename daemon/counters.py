@@ -52,6 +52,8 @@ class IntakeCounters:
         self.held_dropped = 0
         self.connected = 0
         self.disconnects = 0
+        self.handshake_failures = 0
+        """Connections that the other side, or we, refused: of keys, or of the protocol."""
 
 
 class AppliedCounters:
@@ -99,3 +101,23 @@ class QuarantineCounters:
         self.added = 0
         self.dropped = dict.fromkeys(DropCause, 0)
         self.errors = 0
+
+
+class HttpRefusal(StrEnum):
+    """Why the HTTP side turned a request or a connection away before looking at what was asked."""
+
+    TOKEN = "token"  # noqa: S105 - no secret, but the lack of one
+    """A request without one of the tokens."""
+    SLOW = "slow"
+    """A body that did not arrive in time."""
+    IDLE = "idle"
+    """A connection without a request, closed to make room for another."""
+    FULL = "full"
+    """A connection beyond the limit, while every other had a request."""
+
+
+class HttpCounters:
+    """What the event loop counts of the HTTP side."""
+
+    def __init__(self) -> None:
+        self.refused = dict.fromkeys(HttpRefusal, 0)

@@ -17,7 +17,7 @@ class FollowedStream:
 
     The intake thread owns `state` and `intake`; the writer thread owns `cursor`, `translator` and `applied`.
     Every other thread only reads whole values. `rank` is the configured one; the wire may show one where it is None.
-    `engine` is the type of its source.
+    `engine` is the type of its source. `keeps_fenced`: the blocks of a fenced worker stay, marked untrusted.
     """
 
     def __init__(
@@ -31,6 +31,9 @@ class FollowedStream:
         translator: Translator,
         cursor: Cursor | None,
         engine: str = "vllm",
+        keeps_fenced: bool = False,
+        stale_after_ms: int = 30_000,
+        silent_after_ms: int = 300_000,
     ) -> None:
         self.source = source
         self.engine = engine
@@ -42,6 +45,10 @@ class FollowedStream:
         self.applied = AppliedCounters()
         self.state = Stream(limits, self.intake, cursor)
         self.cursor = cursor or Cursor(stream=stream, epoch=0, seq=-1, source=source, rank=rank)
+        self.keeps_fenced = keeps_fenced
+        self._stale_after_ms = stale_after_ms
+        self._silent_after_ms = silent_after_ms
+        self._opened_at_ms = monotonic_ms()
         self._shown_state = StreamState.CONNECTING
         self._state_since_ms = now_ms()
 
@@ -77,16 +84,31 @@ class FollowedStream:
             messages=cursor.messages,
             blocks_stored=cursor.blocks_stored,
             blocks_removed=cursor.blocks_removed,
+            silent=self._is_silent(),
         )
+
+    def _is_silent(self) -> bool:
+        """Whether the source has never delivered anything, although it had the time."""
+        if self.intake.messages or self.intake.replayed:
+            return False
+        return monotonic_ms() - self._opened_at_ms > self._silent_after_ms
 
     def _trust(self, cursor: Cursor, state: StreamState) -> tuple[Trust, str, int]:
         if cursor.trust == Trust.UNTRUSTED:
             return Trust.UNTRUSTED, cursor.reason, cursor.since_ms
         if state is StreamState.CONNECTING or state is StreamState.DISCONNECTED:
             return Trust.STALE, "no connection to the engine", self._state_since_ms
+        silence_ms = monotonic_ms() - self.state.life_at_ms
+        if silence_ms > self._stale_after_ms and self.state.expects_life:
+            return Trust.STALE, "no sign of life from the engine", now_ms() - silence_ms
         if state is StreamState.REPLAYING:
             return Trust.CATCHING_UP, "replaying what was missed", self._state_since_ms
         return Trust.FRESH, "", max(cursor.since_ms, self._state_since_ms)
+
+
+def monotonic_ms() -> int:
+    """The clock of the stream state, in ms."""
+    return time.monotonic_ns() // 1_000_000
 
 
 def now_ms() -> int:

@@ -130,7 +130,10 @@ STREAM_METRICS = (
     _stream(_G, "held_messages", "intake.held", "Live messages held back while a replay runs."),
     _stream(_C, "held_dropped_messages_total", "intake.held_dropped", "Live messages dropped: too many were held."),
     _stream(_G, "connected", "intake.connected", "1 while the transport is connected to the engine."),
+    _stream(_G, "silent", "status.silent", "1 when the source has never delivered anything, although it had the time."),
     _stream(_C, "disconnects_total", "intake.disconnects", "Times that the transport lost the engine."),
+    _stream(_C, "handshake_failures_total", "intake.handshake_failures",
+            "Connections that failed in the handshake: keys that do not fit, or no ZMTP."),
     _stream(_C, "applied_messages_total", "applied.messages", "Messages applied to the index."),
     _stream(_C, "events_total", "applied.events", "Events applied, by type.", "type"),
     _stream(_C, "blocks_stored_total", "applied.blocks_stored", "Blocks that applied events stored."),
@@ -187,6 +190,12 @@ QUARANTINE_METRICS = (
     Declared(_C, "kvcensus_quarantine_errors_total", "errors", "Times that the file could not be written."),
 )
 
+HTTP_METRICS = (
+    Declared(_C, "kvcensus_http_refused_total", "refused",
+             "Requests and connections turned away: no token, too slow, idle as others came, beyond the limit.",
+             ("reason",)),
+)
+
 DAEMON_METRICS = (
     Declared(_G, "kvcensus_queue_messages", "queued_messages", "Messages waiting for the writer."),
     Declared(_G, "kvcensus_queue_bytes", "queued_bytes", "Bytes of the messages waiting for the writer."),
@@ -202,6 +211,7 @@ SECTIONS = (
     ("Index", (BACKEND_UP, *INDEX_METRICS, *COMMIT_METRICS)),
     ("Writer", (*WRITER_METRICS, *DAEMON_METRICS)),
     ("Quarantine", QUARANTINE_METRICS),
+    ("HTTP", HTTP_METRICS),
     ("Build", (BUILD_INFO,)),
 )
 
@@ -237,6 +247,7 @@ class DaemonCollector(Collector):
         yield from (_sampled(metric, [(backend, view.writer_counters)]) for metric in COMMIT_METRICS)
         yield from (_sampled(metric, [((), view.writer_counters)]) for metric in WRITER_METRICS)
         yield from (_sampled(metric, [((), view.quarantine_counters)]) for metric in QUARANTINE_METRICS)
+        yield from (_sampled(metric, [((), view.http_counters)]) for metric in HTTP_METRICS)
         daemon = DaemonFigures(*view.queue_depth(), view.readiness().ready, index is not None)
         yield from (_sampled(metric, [((), daemon)]) for metric in DAEMON_METRICS)
         yield _sampled(BACKEND_UP, [(backend, daemon)])

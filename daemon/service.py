@@ -15,8 +15,8 @@ from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ClearBlocks, Cursor
 from kvcensus.translators.vllm import VllmTranslator
 
-from .config import BackendKind, Config, SourceConfig, StreamConfig
-from .counters import QuarantineCounters, WriterCounters
+from .config import BackendKind, Config, OnFence, OnHole, SourceConfig, StreamConfig
+from .counters import HttpCounters, QuarantineCounters, WriterCounters
 from .followed import FollowedStream
 from .frame_queue import Barrier, FrameQueue
 from .logs import get_logger
@@ -50,6 +50,7 @@ class Service:
         )
         self._intake = ZmqIntake(self._queue)
         self._streams: dict[str, tuple[SourceConfig, FollowedStream]] = {}
+        self.http_counters = HttpCounters()
         install(self.registry, self)
 
     @property
@@ -90,9 +91,15 @@ class Service:
                 replay_timeout_ms=source.replay_timeout_ms,
                 replay_attempts=source.replay_attempts,
                 hold_max_messages=source.hold_max_messages,
+                probe_ms=source.probe_ms,
+                lease_ms=source.lease_ms,
+                tolerate_holes=source.on_hole is OnHole.TOLERATE,
             ),
             translator=VllmTranslator(source.translator_options()),
             cursor=cursor,
+            keeps_fenced=source.on_fence is OnFence.KEEP,
+            stale_after_ms=source.stale_after_ms,
+            silent_after_ms=source.silent_after_ms,
             engine=source.type,
         )
         self._streams = {**self._streams, stream.stream: (source, followed)}
@@ -106,6 +113,8 @@ class Service:
             reconnect_min_ms=source.reconnect_min_ms,
             reconnect_max_ms=source.reconnect_max_ms,
             heartbeat_ms=source.heartbeat_ms,
+            curve_server_key_file=source.curve_server_key_file,
+            curve_secret_key_file=source.curve_secret_key_file,
         )
         self._intake.add(followed, options)
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.interface import IndexBackend
 
-from .counters import AppliedCounters, IntakeCounters, QuarantineCounters, WriterCounters
+from .counters import AppliedCounters, HttpCounters, IntakeCounters, QuarantineCounters, WriterCounters
 
 
 class StreamState(StrEnum):
@@ -60,6 +60,8 @@ class StreamStatus(msgspec.Struct, frozen=True):
     messages: int
     blocks_stored: int
     blocks_removed: int
+    silent: bool
+    """The source has never delivered anything, although it had the time."""
 
 
 class Readiness(msgspec.Struct, frozen=True):
@@ -92,6 +94,10 @@ class DaemonView(Protocol):
     @property
     def writer_counters(self) -> WriterCounters:
         """What the writer counts of itself."""
+
+    @property
+    def http_counters(self) -> HttpCounters:
+        """What the HTTP side counts of itself."""
 
     @property
     def quarantine_counters(self) -> QuarantineCounters:

@@ -179,7 +179,8 @@ class Writer(threading.Thread):
 
     def _fence(self, stream: FollowedStream, fence: Fence) -> None:
         progress = self._progress_of(stream)
-        self._clear(progress)
+        if not stream.keeps_fenced:
+            self._clear(progress)
         if fence.seq != progress.seq:
             progress.seq, progress.payload, progress.fingerprint = fence.seq, None, b""
         progress.set_trust(Trust.UNTRUSTED, fence.reason)

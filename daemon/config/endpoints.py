@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from typing import NamedTuple
 
 _TCP = re.compile(r"tcp://(?P<host>\[[^\[\]]+\]|[^\s:/;\[\]]+):(?P<port>[0-9]{1,5})")
@@ -66,6 +67,16 @@ def listen_address(text: str) -> tuple[str, int]:
     if match is None or not match["host"]:
         raise ValueError(f"{text!r} is not HOST:PORT")
     return match["host"].strip("[]"), _port(match["port"])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _port(digits: str) -> int:

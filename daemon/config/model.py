@@ -18,7 +18,8 @@ from kvcensus.backends.lmdb.files import MAP_SIZE
 from kvcensus.backends.model import CacheTier
 from kvcensus.translators.translation import ClearScope, HashJoin, TranslatorOptions, worker_id_of
 
-from .endpoints import ANY_IPV4, HIGHEST_PORT, Endpoint, listen_address, ports_overlap
+from ..credentials import CredentialError, CurveKeys, open_to_others, read_curve_keys, read_tokens, server_tls
+from .endpoints import ANY_IPV4, HIGHEST_PORT, Endpoint, is_loopback, listen_address, ports_overlap
 from .errors import InvalidValue
 
 _KIB = 1 << 10
@@ -53,6 +54,20 @@ _TRANSLATORS = {
 }
 
 
+class OnFence(StrEnum):
+    """What happens to the blocks of a worker that cannot be believed any more."""
+
+    DROP = "drop"
+    KEEP = "keep"
+
+
+class OnHole(StrEnum):
+    """What a message costs that the engine itself never published."""
+
+    FENCE = "fence"
+    TOLERATE = "tolerate"
+
+
 class LogLevel(StrEnum):
     """What is worth a line."""
 
@@ -85,9 +100,71 @@ class HttpConfig(_Section, frozen=True):
     """Most hashes in one `match` or `locate`: a prompt of 262,144 tokens in blocks of 16."""
     max_snapshots: Positive = 2
     """Snapshots at a time: each takes a copy of the index on disk while it is read."""
+    trusted_only: bool = False
+    """Whether `match` leaves out workers that are not `fresh` when the question does not say."""
+    token_file: str = ""
+    """File of bearer tokens, one a line, of which every request needs one. "" for none. Read again when it changes."""
+    metrics_need_token: bool = True
+    """Whether /metrics needs one too: its labels name the workers, and Prometheus can send one."""
+    tls_certificate: str = ""
+    """PEM file of the certificate and its chain, "" for plain HTTP. Read again when it changes."""
+    tls_key: str = ""
+    """PEM file of its key."""
+    tls_client_ca: str = ""
+    """PEM file of authorities: only clients with a certificate of one of them are let in. "" for any client."""
+    max_connections: Positive = 512
+    """Connections at a time: half of the 1,024 files that a process may usually open. An idle one makes room."""
+    idle_timeout_ms: Positive = 60000
+    """How long a connection may be open without a whole request header: a scrape a minute keeps its connection."""
+    body_timeout_ms: Positive = 10000
+    """How long the body of a request may take: 4 MiB in 10 s are 3.4 Mbit/s."""
 
     def __post_init__(self) -> None:
         self.address()
+        self._check_credentials()
+
+    def _check_credentials(self) -> None:
+        if self.tls_key and not self.tls_certificate:
+            raise InvalidValue("tls_certificate", "is needed with tls_key")
+        if self.tls_certificate and not self.tls_key:
+            raise InvalidValue("tls_key", "is needed with tls_certificate")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise InvalidValue("tls_client_ca", "needs tls_certificate and tls_key")
+        try:
+            if self.token_file:
+                read_tokens(self.token_file)
+        except CredentialError as error:
+            raise InvalidValue("token_file", str(error)) from error
+        try:
+            if files := self.tls_files():
+                server_tls(*files)
+        except CredentialError as error:
+            at = "tls_key" if error.path == self.tls_key else "tls_certificate"
+            raise InvalidValue("tls_client_ca" if error.path == self.tls_client_ca else at, str(error)) from error
+
+    def tls_files(self) -> tuple[str, str, str] | None:
+        """Certificate, key and authorities of clients, None without TLS."""
+        return (self.tls_certificate, self.tls_key, self.tls_client_ca) if self.tls_certificate else None
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant, one sentence each."""
+        found = [
+            f"http.{key}: {path} can be read by others than its owner: chmod 600"
+            for key, path in (("token_file", self.token_file), ("tls_key", self.tls_key))
+            if path and open_to_others(path)
+        ]
+        address = self.address()
+        if address is None or is_loopback(address[0]):
+            return found
+        if not self.token_file and not self.tls_client_ca:
+            found.append(
+                f"http.listen: {self.listen} is open to other machines, and nothing asks who they are: set token_file"
+            )
+        if not self.tls_certificate:
+            found.append(
+                f"http.listen: {self.listen} is open to other machines without TLS: set tls_certificate and tls_key"
+            )
+        return found
 
     def address(self) -> tuple[str, int] | None:
         """(host, port) to listen on, None when HTTP is off."""
@@ -186,14 +263,30 @@ class SourceConfig(_Section, frozen=True):
     """How long to wait for the next frame of a replay. An idle engine answers within 100 ms, a busy one in seconds."""
     replay_attempts: Positive = 5
     """Requests for the same missing messages before they are given up: an engine may drop some of each reply."""
-    hold_max_messages: Positive = 100000
-    """Live messages held while a replay runs; further ones are dropped and asked for again."""
+    hold_max_messages: Positive = 10000
+    """Live messages held while a replay runs: as many as an engine keeps. Further ones are asked for again."""
+    on_fence: OnFence = OnFence.DROP
+    """What happens to a worker's blocks when messages are lost for good. `keep`: they stay, marked untrusted."""
+    on_hole: OnHole = OnHole.FENCE
+    """What a message costs that was never published: its events happened, so `tolerate` may believe too much."""
+    probe_ms: Positive = 10000
+    """How long a stream may be silent before its engine is asked whether anything was missed."""
+    stale_after_ms: Positive = 30000
+    """A worker is `stale` after so long without a sign of life: three probes, or a lost connection at once."""
+    lease_ms: NotNegative = 600000
+    """A worker whose engine is gone for so long is cleared; 0: never. Ten minutes: longer than it takes to load."""
+    silent_after_ms: Positive = 300000
+    """A source that has not delivered anything so long after the start raises the silent-stream metric."""
     reconnect_min_ms: Positive = 100
     """First wait before reconnecting: a restarted engine is seen at once."""
     reconnect_max_ms: Positive = 5000
     """Longest wait between attempts, which double: a missing engine costs a connect every 5 s."""
     heartbeat_ms: NotNegative = 5000
     """Interval of ZMTP pings, 0 for none. A silent engine and a dead link look the same without them."""
+    curve_server_key_file: str = ""
+    """Certificate with the public key of the CURVE server at the endpoints. "" for none: engines do not speak CURVE."""
+    curve_secret_key_file: str = ""
+    """Certificate with our own keys, as `kvcensus keys` makes it."""
     model: str = ""
     """Model name of the scope: the stream does not say it. Give it when one index serves several models."""
     tokenizer: str = ""
@@ -224,6 +317,35 @@ class SourceConfig(_Section, frozen=True):
         if self.reconnect_max_ms < self.reconnect_min_ms:
             raise InvalidValue("reconnect_max_ms", f"less than reconnect_min_ms ({self.reconnect_min_ms})")
         self._check_replay(endpoint)
+        self._check_curve()
+
+    def _check_curve(self) -> None:
+        if self.curve_secret_key_file and not self.curve_server_key_file:
+            raise InvalidValue("curve_server_key_file", "is needed with curve_secret_key_file")
+        if self.curve_server_key_file and not self.curve_secret_key_file:
+            raise InvalidValue("curve_secret_key_file", "is needed with curve_server_key_file; kvcensus keys makes one")
+        if self.curve_server_key_file and self.bind:
+            raise InvalidValue(
+                "curve_server_key_file", "with bind the engine would have to speak CURVE, which none does"
+            )
+        try:
+            self.curve_keys()
+        except CredentialError as error:
+            own = error.path == self.curve_secret_key_file
+            raise InvalidValue("curve_secret_key_file" if own else "curve_server_key_file", str(error)) from error
+
+    def curve_keys(self) -> CurveKeys | None:
+        """The keys in the files now, None without CURVE. Raises CredentialError."""
+        if not self.curve_server_key_file:
+            return None
+        return read_curve_keys(self.curve_server_key_file, self.curve_secret_key_file)
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant, one sentence each."""
+        path = self.curve_secret_key_file
+        if not path or not open_to_others(path):
+            return []
+        return [f"source {self.name}: curve_secret_key_file: {path} can be read by others than its owner: chmod 600"]
 
     def _endpoint(self) -> Endpoint:
         endpoint = self._parsed("endpoint", self.endpoint)
@@ -335,9 +457,10 @@ class Config(_Section, frozen=True):
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, one sentence each."""
+        found = self.http.warnings() + [warning for source in self.sources for warning in source.warnings()]
         if not self.sources:
-            return ["no source is configured: nothing will be followed"]
-        return [
+            return [*found, "no source is configured: nothing will be followed"]
+        return found + [
             f"source {source.name}: {source.endpoint} connects to this machine; an engine that was given 0.0.0.0 "
             "connects too, so nobody binds: give the engine tcp://*:PORT, or set bind = true here"
             for source in self.sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from uuid import uuid4
 
@@ -37,9 +38,17 @@ _CODES = {
 class RequestRefused(Exception):
     """The request cannot be answered. `field` is the path of what is wrong in it, None when no field is to blame."""
 
-    def __init__(self, status: HTTPStatus, code: str, message: str, field: str | None = None) -> None:
+    def __init__(
+        self,
+        status: HTTPStatus,
+        code: str,
+        message: str,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.headers = headers or {}
         self.detail = ErrorDetail(code, field, message)
 
 
@@ -79,7 +88,9 @@ async def errors_as_answers(request: web.Request, handler: Handler) -> web.Strea
     try:
         return await handler(request)
     except RequestRefused as refused:
-        return answer(request, ErrorAnswer(refused.detail), refused.status)
+        response = answer(request, ErrorAnswer(refused.detail), refused.status)
+        response.headers.update(refused.headers)
+        return response
     except web.HTTPException as refused:
         return _refused_by_router(request, refused)
     except BackendError as error:

@@ -30,21 +30,26 @@ from .bodies import (
 )
 from .openapi import Endpoint, describe
 from .questions import Questions
+from .security import OPEN_PATHS, Guard
 from .snapshot import Snapshots
 from .state import State
 
 _QUESTION_THREADS = 2
 """Threads for questions that may take long, beside one for each snapshot."""
 
-_POSTED = (400, 413, 415, 500, 503)
+_POSTED = (400, 408, 413, 415, 500, 503)
 _GOT = (400, 500, 503)
 
 
-def make_app(view: DaemonView, config: HttpConfig) -> web.Application:
-    """The application that answers for `view`. Its clean-up waits for every thread that reads the backend."""
+def make_app(view: DaemonView, config: HttpConfig, guard: Guard | None = None) -> web.Application:
+    """The application that answers for `view`. Its clean-up waits for every thread that reads the backend.
+
+    Raises CredentialError, unless the `guard` of `config` is given.
+    """
+    guard = guard or Guard(config, view.http_counters)
     threads = ThreadPoolExecutor(config.max_snapshots + _QUESTION_THREADS, thread_name_prefix="http-read")
     snapshots = Snapshots(view, config, threads)
-    app = web.Application(client_max_size=config.max_body_bytes, middlewares=[errors_as_answers])
+    app = web.Application(client_max_size=config.max_body_bytes, middlewares=[errors_as_answers, guard.middleware()])
     for one in endpoints(view, config, snapshots, threads):
         app.router.add_route(one.method, one.path, one.handler)
 
@@ -98,5 +103,5 @@ def endpoints(
         Endpoint("GET", "/metrics", make_aiohttp_handler(view.registry), "Figures for Prometheus."),
         Endpoint("GET", "/openapi.json", openapi, "This description.", document=True),
     ]  # fmt: skip
-    description = msgspec.json.encode(describe(served, release))
+    description = msgspec.json.encode(describe(served, release, OPEN_PATHS))
     return served

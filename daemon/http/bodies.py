@@ -47,7 +47,9 @@ class MatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     block_hashes: list[Hash]
     scope: ScopeBody | None = None
-    trusted_only: Annotated[bool, Meta(description="Leave out workers whose trust is not `fresh`.")] = False
+    trusted_only: Annotated[
+        bool | None, Meta(description="Leave out workers whose trust is not `fresh`. Absent: as configured.")
+    ] = None
 
 
 class LocateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -36,14 +36,17 @@ class Endpoint(NamedTuple):
     errors: tuple[int, ...] = ()
 
 
-def describe(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
-    """An OpenAPI 3.1 document of `endpoints`."""
+def describe(endpoints: Sequence[Endpoint], version: str, open_paths: Collection[str] = ()) -> dict[str, Any]:
+    """An OpenAPI 3.1 document of `endpoints`. All but `open_paths` may ask for a token."""
     types = {kind for one in endpoints for kind in (one.answer, one.body) if kind is not None} | {ErrorAnswer}
     ordered = sorted(types, key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(ordered, ref_template=_REFERENCE)
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
+        operation = _operation(endpoint if endpoint.path in open_paths else _guarded(endpoint))
+        if endpoint.path in open_paths:
+            operation["security"] = []
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {
@@ -54,8 +57,13 @@ def describe(endpoints: Sequence[Endpoint], version: str) -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "paths": paths,
-        "components": {"schemas": schemas},
+        "security": [{}, {"token": []}],
+        "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }
+
+
+def _guarded(endpoint: Endpoint) -> Endpoint:
+    return endpoint._replace(errors=tuple(sorted({*endpoint.errors, 401})))
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
@@ -85,6 +93,8 @@ def _responses(endpoint: Endpoint) -> dict[str, Any]:
 
 _MEANINGS = {
     400: "The request is malformed, or one of its fields is invalid: `error.field` names it.",
+    401: "The server has tokens (`http.token_file`), and the request has none of them.",
+    408: "The body did not arrive within `http.body_timeout_ms`.",
     413: "The body is longer than `http.max_body_bytes`.",
     415: "The body is neither JSON nor msgpack.",
     429: "As many snapshots as `http.max_snapshots` are being read.",

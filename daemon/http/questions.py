@@ -44,6 +44,7 @@ class Questions:
     def __init__(self, view: DaemonView, config: HttpConfig, threads: Executor) -> None:
         self._view = view
         self._hashes_max = config.max_hashes_per_query
+        self._trusted_only = config.trusted_only
         self._threads = threads
 
     async def match(self, request: web.Request) -> web.Response:
@@ -53,11 +54,12 @@ class Questions:
             raise RequestRefused(HTTPStatus.BAD_REQUEST, "too_many_hashes", message, "block_hashes")
         hashes = read_hashes(asked.block_hashes, "block_hashes")
         scope = asked.scope.scope() if asked.scope else None
+        trusted_only = self._trusted_only if asked.trusted_only is None else asked.trusted_only
         if len(hashes) <= _INLINE_HASHES_MAX:
-            body = self._matched(scope, hashes, asked.trusted_only)
+            body = self._matched(scope, hashes, trusted_only)
         else:
             loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(self._threads, self._matched, scope, hashes, asked.trusted_only)
+            body = await loop.run_in_executor(self._threads, self._matched, scope, hashes, trusted_only)
         return answer(request, body)
 
     def _matched(self, scope: IdentityScope | None, hashes: list[bytes], trusted_only: bool) -> MatchAnswer:

@@ -8,7 +8,6 @@ are read from the end. A fresh socket makes sure that a late answer to an earlie
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from functools import reduce
 from operator import or_
@@ -19,7 +18,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..credentials import CredentialError, read_curve_keys
-from ..followed import FollowedStream
+from ..followed import FollowedStream, monotonic_ms
 from ..frame_queue import Barrier, FrameQueue, Item, Retire
 from ..logs import get_logger
 from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Verdict
@@ -27,7 +26,7 @@ from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Ve
 _END_OF_REPLAY = b"\xff" * 8
 _POLL_MS = 50
 _BURST_MESSAGES = 256
-_HANDSHAKE_FAILED = {
+_HANDSHAKE_FAILED: dict[int, str] = {
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the connection ended in it",
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "not the same protocol, or keys that do not fit",
     zmq.Event.HANDSHAKE_FAILED_AUTH: "the other side refuses our key",
@@ -197,7 +196,7 @@ class ZmqIntake(threading.Thread):
             if link.replay is not None:
                 poller.register(link.replay, zmq.POLLIN)
         ready = {socket for socket, _ in poller.poll(_POLL_MS)}
-        now = time.monotonic_ns() // 1_000_000
+        now = monotonic_ms()
         for link in list(self._links.values()):
             self._read_monitor(link, now)
             if 0 < link.reopen_at_ms <= now:

@@ -20,7 +20,11 @@ RECENT_MESSAGES = 8192
 
 
 class StreamLimits(msgspec.Struct, frozen=True):
-    """What a stream waits for and how long. `replay` False: there is no replay socket."""
+    """What a stream waits for and how long. `replay` False: there is no replay socket.
+
+    `lease_ms` 0: a worker whose engine is gone is never cleared. `tolerate_holes`: go on past a number that the engine
+    never published as if it had been empty.
+    """
 
     replay: bool = True
     replay_timeout_ms: int = 5_000
@@ -28,6 +32,8 @@ class StreamLimits(msgspec.Struct, frozen=True):
     hold_max_messages: int = 10_000
     settle_ms: int = 500
     probe_ms: int = 10_000
+    lease_ms: int = 0
+    tolerate_holes: bool = False
 
 
 class _Replay:
@@ -59,6 +65,9 @@ class Stream:
         self._connected = False
         self._verified = False
         self._probe_at_ms = 0
+        self._gone_at_ms: int | None = None
+        self.life_at_ms = 0
+        """When the publisher last gave a sign of life: a connection, a message or an answer."""
 
     @property
     def state(self) -> StreamState:
@@ -70,6 +79,11 @@ class Stream:
         return StreamState.LIVE
 
     @property
+    def expects_life(self) -> bool:
+        """Whether a silent publisher would have been heard of: only its replay socket answers when it has no news."""
+        return self._limits.replay
+
+    @property
     def held(self) -> int:
         """Live messages waiting for the end of a replay."""
         return len(self._held)
@@ -77,6 +91,8 @@ class Stream:
     def connected(self, now_ms: int) -> list[Verdict]:
         """The live socket has reached the publisher."""
         self._connected = True
+        self._gone_at_ms = None
+        self.life_at_ms = now_ms
         self._counters.connected = 1
         self._last_live = None
         self._attempts = 0
@@ -89,6 +105,7 @@ class Stream:
         if not self._connected:
             return []
         self._connected = False
+        self._gone_at_ms = now_ms
         self._verified = False
         self._counters.connected = 0
         self._counters.disconnects += 1
@@ -98,6 +115,7 @@ class Stream:
 
     def live(self, seq: int, payload: bytes, now_ms: int) -> list[Verdict]:
         """A message of the live socket."""
+        self.life_at_ms = now_ms
         verdicts: list[Verdict] = [] if self._connected else self.connected(now_ms)
         backwards = self._last_live is not None and seq <= self._last_live
         if backwards and self._is_recent(seq, payload):
@@ -126,6 +144,7 @@ class Stream:
         replay = self._replay
         if replay is None:
             return []
+        self.life_at_ms = now_ms
         replay.deadline_ms = now_ms + self._limits.replay_timeout_ms
         if replay.verify:
             if seq < self.applied:
@@ -155,6 +174,7 @@ class Stream:
         replay = self._replay
         if replay is None:
             return []
+        self.life_at_ms = now_ms
         if replay.verify:
             return self._another_life("the engine no longer has the last applied message", now_ms)
         self._replay = None
@@ -169,8 +189,10 @@ class Stream:
     def tick(self, now_ms: int) -> list[Verdict]:
         """Time has passed. Call it at least every 100 ms or so."""
         replay = self._replay
+        if not self._connected:
+            return self._check_lease(now_ms)
         if replay is None:
-            if self._connected and self._limits.replay and 0 < self._probe_at_ms <= now_ms:
+            if self._limits.replay and 0 < self._probe_at_ms <= now_ms:
                 return self._ask(now_ms, is_probe=True)
             return []
         if now_ms < replay.deadline_ms:
@@ -179,6 +201,14 @@ class Stream:
         if self._attempts < self._limits.replay_attempts:
             return self._ask(now_ms, is_probe=replay.is_probe)
         return self._replay_failed(replay, now_ms)
+
+    def _check_lease(self, now_ms: int) -> list[Verdict]:
+        """An engine that is gone for longer than its lease holds nothing any more. If it comes back it starts over."""
+        if self._gone_at_ms is None:
+            self._gone_at_ms = now_ms
+        if not self._limits.lease_ms or now_ms - self._gone_at_ms < self._limits.lease_ms or self.applied < 0:
+            return []
+        return [self._new_epoch("the engine was gone for longer than its lease")]
 
     def _replay_failed(self, replay: _Replay, now_ms: int) -> list[Verdict]:
         """The replay socket stays mute. Without it nothing proves that the blocks known so far are still right."""
@@ -250,7 +280,11 @@ class Stream:
         if self._attempts < self._limits.replay_attempts:
             return self._ask(now_ms)
         self._attempts = 0
-        verdicts = self._fence_before(seq, "the engine's replay has a hole")
+        verdicts: list[Verdict] = []
+        if self._limits.tolerate_holes and self._verified:
+            self._counters.unrecovered += seq - 1 - self.applied
+        else:
+            verdicts += self._fence_before(seq, "the engine's replay has a hole")
         self._verified = True
         self._accept(seq, payload)
         return [*verdicts, Apply(seq, payload)]

@@ -17,7 +17,7 @@ from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ROOT, CacheTier, GroupSpec, IdentityScope, StoreRun
 from kvcensus.daemon import metrics
 from kvcensus.daemon.config import HttpConfig
-from kvcensus.daemon.counters import AppliedCounters, IntakeCounters, QuarantineCounters, WriterCounters
+from kvcensus.daemon.counters import AppliedCounters, HttpCounters, IntakeCounters, QuarantineCounters, WriterCounters
 from kvcensus.daemon.http.server import HttpServer
 from kvcensus.daemon.status import Readiness, StreamState, StreamStatus, Trust
 
@@ -43,6 +43,7 @@ def status(worker_id: str, **changes: Any) -> StreamStatus:
         messages=42,
         blocks_stored=7,
         blocks_removed=3,
+        silent=False,
     )
     return msgspec.structs.replace(live, **changes)
 
@@ -63,6 +64,7 @@ class View:
         self.registry = CollectorRegistry()
         self.writer_counters = WriterCounters()
         self.quarantine_counters = QuarantineCounters()
+        self.http_counters = HttpCounters()
         self.shown = list(statuses)
         self.counters = [Counters(one.source, one.stream) for one in statuses]
         self.ready = Readiness(True, [])
@@ -179,9 +181,7 @@ def chain(
 ) -> StoreRun:
     """Store `count` blocks numbered from `first`, each the parent of the next."""
     hashes = tuple(block(first + at) for at in range(count))
-    return StoreRun(
-        worker, rank, scope, tier, hashes, parent, group, 16, at_ms=1000, bytes_per_block=100, spec=spec
-    )
+    return StoreRun(worker, rank, scope, tier, hashes, parent, group, 16, at_ms=1000, bytes_per_block=100, spec=spec)
 
 
 def many_chains(count: int, worker: str = "w") -> list[StoreRun]:

@@ -81,6 +81,7 @@ def test_streams_tell_all_of_their_status_with_age_and_lag(client: Client) -> No
         "messages": 42,
         "blocks_stored": 7,
         "blocks_removed": 3,
+        "silent": False,
     }
     assert age_ms == pytest.approx(before_ms - 1_700_000_000_100, abs=5000)
     assert lag_s == pytest.approx(age_ms / 1000 + 0.1, abs=0.01)

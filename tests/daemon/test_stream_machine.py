@@ -20,7 +20,9 @@ from kvcensus.daemon.streams.state import Stream, StreamLimits
 from kvcensus.daemon.streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, fingerprint
 
 RING = 12
-LIMITS = StreamLimits(replay_timeout_ms=1000, replay_attempts=3, hold_max_messages=6, settle_ms=500, probe_ms=10_000)
+LIMITS = StreamLimits(
+    replay_timeout_ms=1000, replay_attempts=3, hold_max_messages=6, settle_ms=500, probe_ms=10_000, lease_ms=25_000
+)
 END = -1
 
 

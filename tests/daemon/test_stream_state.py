@@ -259,3 +259,51 @@ def test_without_a_replay_socket_a_number_that_goes_backwards_begins_an_epoch() 
     s.live(43, body(43), 1)
     assert kinds(s.live(0, body(0, "b"), 2)) == ["NewEpoch", "Apply"]
     assert s.epoch == 5
+
+
+def leased(at: Cursor | None = None) -> Stream:
+    return Stream(StreamLimits(lease_ms=60_000), IntakeCounters(), at)
+
+
+def test_an_engine_that_is_gone_for_longer_than_its_lease_holds_nothing_any_more() -> None:
+    s = leased(cursor(41))
+    s.connected(0)
+    s.replayed(41, body(41), 1)
+    s.replay_ended(1)
+    s.disconnected(1_000)
+    assert s.tick(60_999) == []
+    assert s.tick(61_000) == [NewEpoch(5, "the engine was gone for longer than its lease")]
+    assert s.tick(200_000) == []
+    assert s.state is StreamState.DISCONNECTED
+    assert s.connected(200_001) == [AskReplay(0)]
+    assert s.replayed(0, body(0), 200_002) == [Apply(0, body(0))]
+
+
+def test_the_lease_of_an_engine_that_was_never_seen_runs_from_the_start_of_the_daemon() -> None:
+    s = leased(cursor(41))
+    assert s.tick(10) == []
+    assert s.tick(60_009) == []
+    assert kinds(s.tick(60_010)) == ["NewEpoch"]
+
+
+def test_a_number_that_was_never_published_can_be_tolerated() -> None:
+    counters = IntakeCounters()
+    s = Stream(StreamLimits(replay_attempts=1, tolerate_holes=True), counters)
+    s.connected(0)
+    s.replayed(0, body(0), 1)
+    s.replay_ended(1)
+    assert s.live(2, body(2), 2) == [AskReplay(0)]
+    assert s.replayed(0, body(0), 3) == []
+    assert s.replayed(2, body(2), 3) == [Apply(2, body(2))]
+    assert counters.unrecovered == 1
+
+
+def test_an_answer_or_a_message_is_a_sign_of_life() -> None:
+    s = followed(1)
+    s.tick(20_000)
+    s.replayed(1, body(1), 20_050)
+    assert s.life_at_ms == 20_050
+    s.replay_ended(20_060)
+    assert s.life_at_ms == 20_060
+    s.live(2, body(2), 20_070)
+    assert s.life_at_ms == 20_070
