@@ -30,6 +30,9 @@ from .model import (
     WorkerMatch,
 )
 
+_RUN_BLOCKS_MAX = 256
+"""Blocks that share a run at the most: finding a block within its run takes a walk along it."""
+
 
 class MemoryBackend(IndexBackend):
     """The index in dictionaries, guarded by one lock."""
@@ -199,7 +202,7 @@ class MemoryBackend(IndexBackend):
     def _store(self, run: StoreRun, result: ApplyResult) -> None:
         place = self._place(run.worker_id, run.rank, run.tier, run.group)
         if run.spec is not None and run.spec != place.spec:
-            place.spec = run.spec
+            place.spec = place.spec.after(run.spec)
         if not run.block_hashes:
             return
         if not run.consecutive:
@@ -207,14 +210,28 @@ class MemoryBackend(IndexBackend):
                 self._store_block(place, block_hash, self._placed_by_sibling(run, block_hash), run, result)
             return
         scope, base = self._chain_of(run, place)
-        hashes = run.block_hashes
-        shared = Run(scope, hashes, run.parent, base, run.token_count, run.at_ms, run.bytes_per_block)
-        new, known = place.store_run(shared)
+        hashes, parent = run.block_hashes, run.parent
+        for start in range(0, len(hashes), _RUN_BLOCKS_MAX):
+            part = hashes[start : start + _RUN_BLOCKS_MAX]
+            self._store_part(place, run, part, scope, parent, None if base is None else base + start, result)
+            parent = part[-1]
+
+    def _store_part(
+        self,
+        place: Place,
+        run: StoreRun,
+        hashes: tuple[bytes, ...],
+        scope: IdentityScope,
+        parent: bytes | None,
+        base: int | None,
+        result: ApplyResult,
+    ) -> None:
+        new, known = place.store_run(Run(scope, hashes, parent, base, run.token_count, run.at_ms, run.bytes_per_block))
         result.stored += new
         for at in known:
             record = Record(
                 scope,
-                hashes[at - 1] if at else run.parent,
+                hashes[at - 1] if at else parent,
                 None if base is None else base + at,
                 run.token_count,
                 1,

@@ -140,11 +140,15 @@ class Place:
             self.records += 1
             self.bytes += run.size
             return 1, []
-        before = len(self.blocks)
-        found = list(map(self.blocks.setdefault, hashes, repeat(run)))
-        new = len(self.blocks) - before
+        fresh = dict.fromkeys(hashes, run)
         known: list[int] = []
-        if new != len(hashes):
+        if len(fresh) == len(hashes) and self.blocks.keys().isdisjoint(fresh):
+            new = len(hashes)
+            self.blocks.update(fresh)
+        else:
+            before = len(self.blocks)
+            found = list(map(self.blocks.setdefault, hashes, repeat(run)))
+            new = len(self.blocks) - before
             first: dict[bytes, int] = {}
             for at, block_hash in enumerate(hashes):
                 if found[at] is not run or first.setdefault(block_hash, at) != at:

@@ -124,6 +124,10 @@ class GroupSpec(msgspec.Struct, frozen=True):
     window: int = 0
     block_size: int = 0
 
+    def after(self, told: GroupSpec) -> GroupSpec:
+        """This spec once a worker has told another. The larger block size stays: part of a block is told as a block."""
+        return told if told.block_size >= self.block_size else GroupSpec(told.kind, told.window, self.block_size)
+
 
 class StoreRun(msgspec.Struct, frozen=True, gc=False):
     """A worker stored a run of blocks under one parent. One per event, whatever the number of blocks.

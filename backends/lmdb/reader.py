@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 import lmdb
 
-from ..errors import BackendError
+from ..errors import BackendCorrupt, BackendError
 from ..matching import Held, worker_matches
 from ..model import (
     CacheResidency,
@@ -63,12 +64,23 @@ class LmdbReader:
         """Release the environment."""
         self._env.close()
 
+    @contextmanager
+    def _reading(self, table: lmdb._Database | None = None) -> Iterator[lmdb.Transaction[bytes]]:
+        """A read transaction. Raises BackendCorrupt or BackendError for what LMDB says meanwhile."""
+        try:
+            with self._env.begin(db=table) as txn:
+                yield txn
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
+            raise BackendCorrupt(f"{self._env.path()} is damaged ({error}); move it aside and start again") from error
+        except lmdb.Error as error:
+            raise BackendError(f"{self._env.path()} cannot be read: {error}") from error
+
     def cursors(self) -> dict[str, Cursor]:
-        with self._env.begin() as txn:
+        with self._reading() as txn:
             return {key.decode(): _decode_cursor(value) for key, value in txn.cursor(self._tables.streams)}
 
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
-        with self._env.begin() as txn:
+        with self._reading() as txn:
             places = self._places.places(txn).rows
             row = txn.get(row_key(block_hash), db=self._tables.blocks)
             if row is None:
@@ -79,7 +91,7 @@ class LmdbReader:
     def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
         self.prefix_scans += 1
         blocks = self._tables.blocks
-        with self._env.begin() as txn:
+        with self._reading() as txn:
             number = self._scopes.number(txn, scope)
             if number is None:
                 return []
@@ -109,7 +121,7 @@ class LmdbReader:
         return children
 
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
-        with self._env.begin(db=self._tables.blocks) as txn:
+        with self._reading(self._tables.blocks) as txn:
             places = self._places.places(txn)
             number = None
             if scope is not None:
@@ -141,7 +153,7 @@ class LmdbReader:
         return masks
 
     def holdings(self) -> list[Holding]:
-        with self._env.begin() as txn:
+        with self._reading() as txn:
             counts = {PLACE.unpack(key)[0]: COUNT.unpack(value) for key, value in txn.cursor(self._tables.counts)}
             return [
                 Holding(row.worker_id, row.rank, row.tier, row.group, row.spec, *counts.get(number, (0, 0)))
@@ -168,7 +180,7 @@ class LmdbReader:
                 env.close()
 
     def _records(self) -> Iterator[CacheResidency]:
-        with self._env.begin() as txn:
+        with self._reading() as txn:
             places = self._places.places(txn).rows
             for key, row in txn.cursor(self._tables.blocks):
                 if len(key) == 2 + key[0] and row:

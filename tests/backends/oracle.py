@@ -157,7 +157,7 @@ class Oracle:
     def _store(self, run: StoreRun, result: ApplyResult) -> None:
         place = (run.worker_id, run.tier, run.group)
         rank, spec = self.places.setdefault(place, (run.rank, GroupSpec()))
-        self.places[place] = (rank, run.spec or spec)
+        self.places[place] = (rank, spec.after(run.spec) if run.spec else spec)
         if not run.consecutive:
             for block_hash in run.block_hashes:
                 self._store_alone(run, block_hash, result)

@@ -682,3 +682,25 @@ def test_other_threads_see_whole_calls_only(backend: IndexBackend) -> None:
         reader.join()
 
     assert wrong == []
+
+
+def test_a_part_of_a_block_does_not_make_the_blocks_of_its_group_smaller(backend: IndexBackend) -> None:
+    backend.apply([store(A, group=1, spec=GroupSpec(GroupKind.FULL, 0, 32))])
+    backend.apply([store(B, group=1, consecutive=False, spec=GroupSpec(GroupKind.FULL, 0, 16))])
+    (holding,) = backend.holdings()
+    assert holding.spec.block_size == 32
+    backend.apply([clear(), store(A, group=1, spec=GroupSpec(GroupKind.FULL, 0, 16))])
+    (holding,) = backend.holdings()
+    assert holding.spec.block_size == 16
+
+
+def test_a_run_of_any_length_is_one_chain(backend: IndexBackend) -> None:
+    chain = [number.to_bytes(8, "big") for number in range(1, 1001)]
+    backend.apply([store(*chain)])
+    backend.apply([remove(chain[600])])
+    assert backend.match(None, chain)[0].blocks == 600
+    for at in (0, 255, 256, 599, 999):
+        assert backend.find(chain[at])[0].key.block_index == at
+    for at in (254, 255, 256, 600):
+        children = backend.prefix_scan(SCOPE, chain[at])
+        assert [one.key.block_hash for one in children] == [chain[at + 1]]
