@@ -166,14 +166,12 @@ class Quarantine:
         if now < (self._again_s if self._pending else self._trim_s):
             return
         self._trim_s = now + _TRIM_EVERY_S
-        if self._pending or self._path.exists():
-            self._try_to_write()
+        self._try_to_write()
 
     def close(self) -> None:
         """Write what is left, whatever happened before, and close the file."""
         if self._pending:
             self._try_to_write()
-        if self._pending:
             self._dropped(DropCause.UNWRITTEN, len(self._pending))
             self._pending.clear()
             self._pending_bytes = 0
@@ -181,6 +179,8 @@ class Quarantine:
 
     def _try_to_write(self) -> None:
         try:
+            if not self._pending and not self._path.exists():
+                return
             if self._connection is None:
                 self._connection = _open_writing(self._path)
             self._write(self._connection)

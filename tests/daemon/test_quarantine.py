@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,9 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from kvcensus.backends.memory import MemoryBackend
+from kvcensus.backends.model import ApplyResult, Cursor, Operation
 from kvcensus.daemon import quarantine
+from kvcensus.daemon.config import BackendKind, Config, InvalidValue, QuarantineConfig
 from kvcensus.daemon.counters import DropCause
 from kvcensus.daemon.followed import FollowedStream
+from kvcensus.daemon.frame_queue import FrameQueue
 from kvcensus.daemon.quarantine import (
     QUARANTINE_FILE,
     WHOLE_PAYLOAD,
@@ -29,8 +33,10 @@ from kvcensus.daemon.quarantine import (
     QuarantineLimits,
     printable,
 )
+from kvcensus.daemon.service import Service
 from kvcensus.daemon.streams.state import StreamLimits
-from kvcensus.daemon.streams.verdicts import Apply
+from kvcensus.daemon.streams.verdicts import Apply, NewEpoch
+from kvcensus.daemon.writer import Writer, WriterOptions
 from kvcensus.translators.translation import Rejection, RejectReason, TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 
@@ -381,8 +387,9 @@ if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 directory = Path(sys.argv[1])
 print([entry.seq for entry in KeptEntries(directory).listed()])
-kept = Quarantine(directory, QuarantineLimits(1 << 26, 168, 1 << 20))
-print(kept.counters.errors)
+LIMITS = QuarantineLimits(1 << 26, 168, 1 << 20)
+kept = Quarantine(directory, LIMITS)
+print(kept.counters.errors, Quarantine(directory / "shut", LIMITS).counters.errors)
 try:
     KeptEntries(directory).drop([1])
 except QuarantineError as error:
@@ -399,12 +406,13 @@ def test_a_read_only_directory_can_be_read_and_is_an_error_to_write(opened: Call
         refuse(kept, 1)
         kept.close()
         (directory / QUARANTINE_FILE).chmod(0o444)
+        (directory / "shut").mkdir(mode=0)
         directory.chmod(0o555)
         said = subprocess.run(
             [sys.executable, "-c", READ_ONLY, name], capture_output=True, text=True, check=True, timeout=60
         ).stdout.splitlines()
         directory.chmod(0o755)
-    assert said[:2] == ["[1]", "1"]
+    assert said[:2] == ["[1]", "1 1"]
     assert said[2].startswith(f"{directory}/{QUARANTINE_FILE}: ")
     assert "readonly" in said[2]
 
@@ -443,3 +451,53 @@ def test_a_directory_without_quarantine_has_no_entries(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     with pytest.raises(QuarantineError, match="there is no data directory here"):
         KeptEntries(tmp_path / "none")
+
+
+class Asking(MemoryBackend):
+    """Notes which entries are in the quarantine when a batch comes to be applied."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+        self.kept: list[int] = []
+
+    def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
+        self.kept = numbers(self._directory)
+        return super().apply(operations, cursors)
+
+
+def test_a_batch_is_in_the_quarantine_before_it_is_in_the_index(
+    directory: Path, opened: Callable[..., Quarantine]
+) -> None:
+    directory.mkdir()
+    backend, queue, stream = Asking(directory), FrameQueue(100, MIB), followed()
+    payloads = [msgspec.msgpack.encode([1.5, [["BlockFrobbed"]]]), b"nonsense"]
+    queue.put([(stream, NewEpoch(1, "first")), *((stream, Apply(seq, one)) for seq, one in enumerate(payloads))], 100)
+    queue.close()
+    writer = Writer(backend, queue, WriterOptions(), opened())
+    writer.start()
+    writer.join(10)
+    assert writer.error is None
+    assert backend.cursors()["w"].seq == 1
+    assert backend.kept == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("limits", "key"),
+    [
+        ({"max_bytes": MIB - 1}, "max_bytes"),
+        ({"max_bytes": MIB}, "max_payload_bytes"),
+        ({"max_payload_bytes": 33 * MIB}, "max_payload_bytes"),
+    ],
+)
+def test_limits_leave_room_for_a_frame(limits: dict[str, int], key: str) -> None:
+    with pytest.raises(InvalidValue) as error:
+        QuarantineConfig(**limits)
+    assert error.value.key == key
+
+
+def test_a_limit_of_nothing_keeps_nothing(directory: Path) -> None:
+    limits = QuarantineConfig(max_bytes=0)
+    service = Service(Config(data_dir=str(directory), backend=BackendKind.MEMORY, quarantine=limits))
+    assert service.quarantine_counters.entries == 0
+    assert not directory.exists()

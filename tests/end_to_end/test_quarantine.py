@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,3 +152,28 @@ def test_a_quarantine_that_cannot_be_written_does_not_stop_the_stream(tmp_path: 
         assert daemon.terminate() == 0
     said = [line["event"] for line in daemon.log() if line["event"].startswith("quarantine_")]
     assert said == ["quarantine_not_written", "quarantine_dropped_by_unwritten"]
+
+
+@pytest.mark.parametrize("run", range(2))
+def test_whatever_the_index_has_passed_is_in_the_quarantine_at_any_kill_9(
+    tmp_path: Path, config: Path, peer: Peer, run: int
+) -> None:
+    """Every message is refused, so the cursor says which entries there must be."""
+    with following(tmp_path, config, peer) as daemon:
+        sending = threading.Thread(target=send_refused, args=(peer, 3000))
+        sending.start()
+        time.sleep(random.Random(run).uniform(0.05, 0.6))
+        daemon.kill()
+        sending.join()
+    with following(tmp_path, config, peer) as again:
+        passed = range(again.stream()["last_seq"] + 1)
+        kept = [entry["seq"] for entry in refused(config)]
+        assert len(kept) == len(set(kept))
+        assert set(kept) >= set(passed)
+        assert again.metric("kvcensus_quarantine_entries") == len(kept)
+
+
+def send_refused(peer: Peer, messages: int) -> None:
+    for seq in range(messages):
+        peer.send(seq, batch(stored(seq, medium="TAPE")))
+        time.sleep(0.0002)
