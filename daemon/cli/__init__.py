@@ -25,6 +25,7 @@ COMMANDS = {
     "record": "Write the raw messages of a live stream to a file.",
     "replay": "Publish a recording as an engine would.",
     "simulate": "Publish what engines would, and tell what they really hold.",
+    "keys": "Make a pair of CURVE keys.",
     "demo": "Replay a recorded engine into a daemon and show live figures.",
     "bench": "Measure ingest and match on this machine.",
     "completion": "Print the completion script of a shell.",

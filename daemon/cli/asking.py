@@ -4,30 +4,77 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import click
 
-from .ending import EXIT_UNAVAILABLE, Failure
+from .ending import EXIT_CONFIG, EXIT_UNAVAILABLE, Failure
+
+if TYPE_CHECKING:
+    import ssl
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_HTTP = "127.0.0.1:9480"
 """`HttpConfig.listen`, which is not imported here because it brings the whole configuration with it."""
 
 _CHUNK_BYTES = 256 << 10
 
-http_option = click.option(
+_SECRETS = "kvcensus.asking"
+"""Where a command's context keeps the options below, for `Daemon`."""
+
+
+def _kept(ctx: click.Context, option: click.Parameter, path: str | None) -> None:
+    ctx.meta.setdefault(_SECRETS, {})[option.name] = path
+
+
+_token_option = click.option(
+    "--token-file",
+    type=click.Path(dir_okay=False),
+    envvar="KVCENSUS_TOKEN_FILE",
+    show_envvar=True,
+    expose_value=False,
+    callback=_kept,
+    help="File with a bearer token of the daemon in its first line.",
+)
+_authority_option = click.option(
+    "--tls-ca",
+    type=click.Path(dir_okay=False),
+    envvar="KVCENSUS_TLS_CA",
+    show_envvar=True,
+    expose_value=False,
+    callback=_kept,
+    help="PEM file of the authority of an https daemon. Default: those of this machine.",
+)
+_certificate_option = click.option(
+    "--tls-certificate",
+    type=click.Path(dir_okay=False),
+    envvar="KVCENSUS_TLS_CERTIFICATE",
+    show_envvar=True,
+    expose_value=False,
+    callback=_kept,
+    help="PEM file of our own certificate and key, for a daemon with http.tls_client_ca.",
+)
+_address_option = click.option(
     "--http",
     "address",
     default=DEFAULT_HTTP,
     show_default=True,
     envvar="KVCENSUS__HTTP__LISTEN",
     show_envvar=True,
-    metavar="HOST:PORT",
+    metavar="[https://]HOST:PORT",
     help="Where the daemon listens.",
 )
+
+
+def http_option(function: F) -> F:
+    """The options that say which daemon, and what to show it."""
+    return _address_option(_token_option(_authority_option(_certificate_option(function))))
+
+
 timeout_option = click.option(
     "--timeout-seconds",
     "timeout_s",
@@ -48,9 +95,12 @@ class Daemon:
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise click.BadParameter(f"{address!r}: {error}", param_hint="--http") from error
-        if parts.scheme != "http" or not host or port is None:
+        if parts.scheme not in ("http", "https") or not host or port is None:
             raise click.BadParameter(f"{address!r} is not HOST:PORT", param_hint="--http")
         self._host, self._port, self._timeout_s = host, port, timeout_s
+        secrets = click.get_current_context().meta.get(_SECRETS, {})
+        self._headers = _authorization(secrets.get("token_file"))
+        self._tls = _tls(secrets.get("tls_ca"), secrets.get("tls_certificate")) if parts.scheme == "https" else None
 
     def get(self, path: str) -> bytes:
         """The JSON of an answer."""
@@ -73,9 +123,13 @@ class Daemon:
     def _answer(
         self, method: str, path: str, body: str | None, headers: dict[str, str]
     ) -> Iterator[http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        connection = (
+            http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
+            if self._tls is not None
+            else http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        )
         try:
-            connection.request(method, path, body, headers)
+            connection.request(method, path, body, {**headers, **self._headers})
             response = connection.getresponse()
             if response.status >= http.client.BAD_REQUEST:
                 raise Failure(_refusal(response), 1)
@@ -89,6 +143,32 @@ class Daemon:
             raise Failure(f"{self._url}{path}: {reason}", EXIT_UNAVAILABLE) from error
         finally:
             connection.close()
+
+
+def _authorization(token_file: str | None) -> dict[str, str]:
+    if not token_file:
+        return {}
+    try:
+        with open(token_file, encoding="ascii") as file:
+            token = next((line.strip() for line in file if line.strip() and not line.startswith("#")), "")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"{token_file}: {getattr(error, 'strerror', None) or 'is no text'}", EXIT_CONFIG) from error
+    if not token:
+        raise Failure(f"{token_file}: has no token in it", EXIT_CONFIG)
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _tls(authority: str | None, certificate: str | None) -> ssl.SSLContext:
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        if certificate:
+            context.load_cert_chain(certificate)
+    except OSError as error:
+        named = ", ".join(path for path in (authority, certificate) if path)
+        raise Failure(f"{named}: {error.strerror or error}", EXIT_CONFIG) from error
+    return context
 
 
 def _refusal(response: http.client.HTTPResponse) -> str:

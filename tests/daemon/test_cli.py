@@ -137,7 +137,7 @@ def test_a_daemon_that_is_not_there(arguments: list[str]) -> None:
     assert ended.stderr.endswith(": Connection refused\n")
 
 
-@pytest.mark.parametrize("address", ["localhost", "https://localhost:1", "localhost:x", "http://:1"])
+@pytest.mark.parametrize("address", ["localhost", "ftp://localhost:1", "localhost:x", "http://:1"])
 def test_an_address_that_is_none(address: str) -> None:
     ended = kvcensus("query", "workers", "--http", address)
     assert ended.returncode == 2
