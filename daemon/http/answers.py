@@ -49,7 +49,7 @@ class RequestRefused(Exception):
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
-        self.detail = ErrorDetail(code, field, message)
+        self.detail = ErrorDetail(code, field and _sayable(field), _sayable(message))
 
 
 def answer(request: web.Request, body: msgspec.Struct, status: int = HTTPStatus.OK) -> web.Response:
@@ -58,6 +58,11 @@ def answer(request: web.Request, body: msgspec.Struct, status: int = HTTPStatus.
     if accept is not None and "msgpack" in accept and prefers_msgpack(accept):
         return web.Response(body=_encode_msgpack(body), status=status, headers=_MSGPACK_HEADERS)
     return web.Response(body=_encode_json(body), status=status, headers=_JSON_HEADERS)
+
+
+def _sayable(text: str) -> str:
+    """Text that came with a request, where bytes that are not UTF-8 stand as lone surrogates, which have no encoding."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def prefers_msgpack(accept: str) -> bool:
@@ -118,4 +123,4 @@ def _refused_by_router(request: web.Request, refused: web.HTTPException) -> web.
 
 
 def _error(request: web.Request, status: HTTPStatus, code: str, message: str) -> web.Response:
-    return answer(request, ErrorAnswer(ErrorDetail(code, None, message)), status)
+    return answer(request, ErrorAnswer(ErrorDetail(code, None, _sayable(message))), status)

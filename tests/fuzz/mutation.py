@@ -102,7 +102,7 @@ class Mutator:
         if self._packed and rng.random() < 0.5:
             return self._with_odd_values()
         data = bytearray(rng.choice(self._seeds))
-        for _ in range(1 << rng.randrange(4)):
+        for _ in range(1 << max(0, rng.randrange(-2, 4))):
             self._mutate(data)
         del data[_MAX_BYTES:]
         return bytes(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import decoders
+from . import decoders, http_side
 from .decoders import Target
 
 TARGETS: dict[str, Callable[[], Target]] = {
@@ -12,4 +12,5 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "index": decoders.index,
     "stream": decoders.stream,
     "recording": decoders.recording,
+    "http": http_side.http,
 }
