@@ -25,7 +25,7 @@ from .recording import RecordedMessage
 BUFFER_STEPS = 10_000
 """Messages that an engine keeps for replay by default."""
 
-_LIVE_HWM = 100_000
+LIVE_HWM = 100_000
 """Messages that an engine holds for one subscriber before it drops, by default."""
 
 _END = b"\xff" * 8
@@ -78,13 +78,24 @@ class EngineSockets:
     """Both sockets and the replay buffer, owned by one thread; `ask` has that thread do something with them.
 
     Without `live_binds` the live socket connects, for a consumer that binds. `replay_bind` "" means no replay socket.
-    `answer` says what a replay request gets; it may be replaced by what a broken engine would answer.
+    `answer` says what a replay request gets; it may be replaced by what a broken engine would answer. What a slow
+    subscriber does not take is dropped beyond `live_hwm` messages and `send_buffer` bytes, -1: as the system has it.
     Raises zmq.ZMQError when an endpoint cannot be used.
     """
 
     def __init__(
-        self, live: str, live_binds: bool, replay_bind: str, buffer_steps: int, framing: ReplayFraming
+        self,
+        live: str,
+        live_binds: bool,
+        replay_bind: str,
+        buffer_steps: int,
+        framing: ReplayFraming,
+        *,
+        live_hwm: int = LIVE_HWM,
+        send_buffer: int = -1,
     ) -> None:
+        self._live_hwm = live_hwm
+        self._send_buffer = send_buffer
         self.buffer: deque[RecordedMessage] = deque(maxlen=buffer_steps)
         self.answer: Callable[[int, Sequence[RecordedMessage]], Answer] = honest_answer
         self.requests = 0
@@ -113,7 +124,8 @@ class EngineSockets:
     def _open_live(self, endpoint: str) -> str:
         live = self._live = self._context.socket(zmq.XPUB)
         live.setsockopt(zmq.XPUB_VERBOSER, 1)
-        live.sndhwm = _LIVE_HWM
+        live.sndhwm = self._live_hwm
+        live.sndbuf = self._send_buffer
         if self._live_binds:
             live.bind(endpoint)
         else:
@@ -166,8 +178,13 @@ class EngineSockets:
         return done.result()
 
     def set_mute(self, silent: bool) -> None:
-        """Give no answer to replay requests, or answer again."""
+        """To be asked for. Give no answer to replay requests, or answer again."""
         self._is_mute = silent
+
+    def make_honest(self) -> None:
+        """To be asked for. Answer replay requests as an engine that works."""
+        self._is_mute = False
+        self.answer = honest_answer
 
     def publish(self, messages: Sequence[RecordedMessage], live: bool, keep: bool) -> None:
         """To be asked for. Send messages to the subscribers, and keep them for replay."""

@@ -26,6 +26,7 @@ COMMANDS = {
     "replay": "Publish a recording as an engine would.",
     "simulate": "Publish what engines would, and tell what they really hold.",
     "keys": "Make a pair of CURVE keys.",
+    "drill": "Inject faults and hold the index to the truth.",
     "demo": "Replay a recorded engine into a daemon and show live figures.",
     "bench": "Measure ingest and match on this machine.",
     "completion": "Print the completion script of a shell.",

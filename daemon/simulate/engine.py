@@ -13,7 +13,7 @@ import zmq
 
 from kvcensus.translators.translation import worker_id_of
 
-from ..engine_sockets import BUFFER_STEPS, EngineSockets
+from ..engine_sockets import BUFFER_STEPS, LIVE_HWM, EngineSockets
 from ..recording import RecordedMessage
 from .cache import Held
 from .rank import Rank, RankOptions
@@ -39,6 +39,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     buffer_steps: int = BUFFER_STEPS
     replay: bool = True
     connect: tuple[str, ...] = ()
+    live_hwm: int = LIVE_HWM
+    send_buffer: int = -1
 
 
 class Truth(msgspec.Struct, frozen=True):
@@ -81,6 +83,18 @@ class SimulatedRank:
             self.life += 1
             self.rank.restart()
             self.sockets.ask(self.sockets.bring_up)
+
+    def reset(self) -> None:
+        """The same, as a consumer sees it whose sockets stayed up: numbers from 0, an empty ring, an empty cache."""
+        with self.lock:
+            self.sockets.ask(self.sockets.buffer.clear)
+            self.life += 1
+            self.rank.restart()
+
+    def lose_message(self) -> None:
+        """A number is used up and never published."""
+        with self.lock:
+            self.rank.lose_message()
 
     def truth(self) -> Truth:
         """What it holds, and since which message."""
@@ -153,7 +167,17 @@ def _sockets(options: EngineOptions, base_port: int) -> list[EngineSockets]:
         for number in range(count):
             live = options.connect[number] if options.connect else f"tcp://{options.host}:{base_port + number}"
             replay = f"tcp://{options.host}:{base_port + count + number}" if options.replay else ""
-            opened.append(EngineSockets(live, not options.connect, replay, options.buffer_steps, framing))
+            opened.append(
+                EngineSockets(
+                    live,
+                    not options.connect,
+                    replay,
+                    options.buffer_steps,
+                    framing,
+                    live_hwm=options.live_hwm,
+                    send_buffer=options.send_buffer,
+                )
+            )
     except zmq.ZMQError:
         for one in opened:
             one.stop()

@@ -68,6 +68,7 @@ class Rank:
         self._workload = Workload(options.workload, self._random)
         self._wire = Wire(form, rank, options.hash_bytes)
         self._topic = options.topic.encode()
+        self.clock_ahead_s = 0.0
         self._begin()
 
     def _begin(self) -> None:
@@ -97,7 +98,7 @@ class Rank:
     def message(self, seq: int, events: list[Event]) -> RecordedMessage:
         """The message of a number."""
         self.last_seq = seq
-        now = self._clock()
+        now = self._clock() + self.clock_ahead_s
         payload = self._wire.batch(now, events)
         return RecordedMessage(int(now * 1e9), (self._topic, seq.to_bytes(8, "big"), payload))
 

@@ -50,19 +50,19 @@ def follow(rank: Rank, messages: int, clears: ClearScope = ClearScope.ALL) -> No
     assert unknown == 0
 
 
-@pytest.mark.parametrize("hash_bytes", [0, 16, 32])
+@pytest.mark.parametrize("hash_bytes", [0, 32])
 @pytest.mark.parametrize("form", VLLM)
 def test_what_it_reports_is_what_it_holds(form: str, hash_bytes: int) -> None:
-    follow(a_rank(RankOptions(form=form, hash_bytes=hash_bytes, cache=SMALL, clear_every=80)), 250)
+    follow(a_rank(RankOptions(form=form, hash_bytes=hash_bytes, cache=SMALL, clear_every=60)), 120)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 1 << 32), blocks=st.integers(64, 300), cpu_blocks=st.integers(0, 50), window=st.integers(0, 4)
 )
 def test_whatever_the_seed_and_the_sizes(seed: int, blocks: int, cpu_blocks: int, window: int) -> None:
     cache = CacheOptions(blocks=blocks, cpu_blocks=cpu_blocks, window_blocks=window)
-    follow(a_rank(RankOptions(cache=cache, clear_every=30), seed), 120)
+    follow(a_rank(RankOptions(cache=cache, clear_every=30), seed), 80)
 
 
 def test_a_reset_that_leaves_the_cpu_tier_is_for_a_consumer_that_clears_the_device_only() -> None:

@@ -1,0 +1,63 @@
+"""Drills, shortly: real daemons through every fault, and a drill that must find what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kvcensus.daemon.recording import Recording
+
+
+def drill(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "kvcensus.daemon.cli", "drill", "--json", "--keep", str(tmp_path / "kept")]
+    ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=110)
+    assert ended.stdout, ended.stderr
+    return ended.returncode, json.loads(ended.stdout)
+
+
+def test_after_all_faults_mixed_every_worker_is_right_or_says_that_it_is_not(tmp_path: Path) -> None:
+    code, report = drill(tmp_path, "--seeds", "3", "--messages", "150", "--jobs", "2")
+    assert code == 0, [one for one in report["drills"] if one["problems"] or one["workers"]]
+    assert report["summary"]["diverged"] == 0
+    assert report["summary"]["workers"]["equal"] + report["summary"]["workers"]["untrusted"] == 9
+    assert sum(report["summary"]["injected"].values()) > 20
+    assert not (tmp_path / "kept").exists()
+
+
+def test_after_faults_that_leave_the_ring_whole_every_worker_is_equal(tmp_path: Path) -> None:
+    faults = "kill,term,drop,duplicate,reorder,disconnect,restart,holes"
+    code, report = drill(tmp_path, "--seeds", "2", "--seed", "100", "--faults", faults, "--jobs", "2")
+    assert code == 0, report["drills"]
+    assert report["summary"]["workers"] == {"equal": 6, "untrusted": 0, "behind": 0, "diverged": 0}
+
+
+def test_a_configuration_of_the_user_is_drilled_under_its_own_names(tmp_path: Path) -> None:
+    config = tmp_path / "kvcensus.toml"
+    config.write_text(
+        'data_dir = "/nonexistent"\n[[sources]]\nname = "prod"\nendpoint = "tcp://gpu-host:5557"\nranks = 2\n'
+        'replay_endpoint = "tcp://gpu-host:5567"\nreplay_timeout_ms = 400\nreconnect_max_ms = 200\n'
+    )
+    code, report = drill(tmp_path, "--seed", "1", "--faults", "kill,drop", "--against", str(config))
+    assert code == 0, report["drills"]
+    assert [one["worker_id"] for one in report["drills"][0]["workers"]] == ["prod/0", "prod/1"]
+
+
+def test_a_divergence_ends_with_1_and_leaves_what_reproduces_it(tmp_path: Path) -> None:
+    """A source that waits for an answer of its mute replay socket for a minute is not there after a second."""
+    config = tmp_path / "kvcensus.toml"
+    config.write_text(
+        '[[sources]]\nname = "w"\nendpoint = "tcp://h:1"\nreplay_endpoint = "tcp://h:9"\nreplay_timeout_ms = 60000\n'
+    )
+    arguments = ["--seed", "3", "--faults", "mute,drop", "--against", str(config), "--deadline-seconds", "1"]
+    code, report = drill(tmp_path, *arguments)
+    assert code == 1
+    assert report["summary"]["diverged"] == 1
+    kept = tmp_path / "kept" / "seed-3"
+    assert json.loads((kept / "plan.json").read_text())["seed"] == 3
+    assert json.loads((kept / "result.json").read_text())["workers"][0]["outcome"] == "behind"
+    made = [message.seq for message in Recording(kept / "w.made.jsonl.gz")]
+    assert made == list(range(len(made)))
+    assert (kept / "daemon.log").stat().st_size
