@@ -178,18 +178,21 @@ class GuardedSite(web.BaseSite):
         await super().stop()
 
     def _accept(self) -> asyncio.Protocol:
+        """The protocol of a new connection. A burst may pass the limit for a moment; the next connection mends that."""
         server = self._runner.server
         assert server is not None
-        connections = server.connections
-        self._leaving.intersection_update(connections)
-        if len(connections) - len(self._leaving) >= self._connections_max:
-            oldest = next((one for one in connections if one not in self._guard.asking | self._leaving), None)
-            if oldest is None:
+        self._leaving.intersection_update(server.connections)
+        staying = [one for one in server.connections if one not in self._leaving]
+        excess = len(staying) + 1 - self._connections_max
+        if excess > 0:
+            idle = [one for one in staying if one not in self._guard.asking][:excess]
+            if not idle:
                 self._counters.refused[HttpRefusal.FULL] += 1
                 return _TurnedAway()
-            self._counters.refused[HttpRefusal.IDLE] += 1
-            self._leaving.add(oldest)
-            oldest.force_close()
+            self._counters.refused[HttpRefusal.IDLE] += len(idle)
+            self._leaving.update(idle)
+            for one in idle:
+                one.force_close()
         return server()
 
     async def _watch(self, seen: object) -> None:
