@@ -30,6 +30,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
+from .errors import BackendCorrupt
 from .model import (
     ApplyResult,
     CacheResidency,
@@ -39,6 +40,7 @@ from .model import (
     IndexMetrics,
     KvBlockKey,
     Operation,
+    StoreHealth,
     WorkerMatch,
 )
 
@@ -124,6 +126,14 @@ class IndexBackend(ABC):
     @abstractmethod
     def stored_bytes(self) -> int:
         """Bytes that the store occupies on disk; 0 when it has no file."""
+
+    def health(self) -> StoreHealth:
+        """How near the store is to its limits. Cheap, from any thread."""
+        return StoreHealth()
+
+    def damage(self) -> BackendCorrupt | None:
+        """The damage that a call has found, for whoever decides to stop: the index is not to be believed any more."""
+        return None
 
     @abstractmethod
     def reclaim(self, rows: int) -> bool:

@@ -250,3 +250,17 @@ class IndexMetrics(msgspec.Struct, frozen=True):
     removes: int = 0
     prefix_scans: int = 0
     bytes_written: int = 0
+
+
+class StoreHealth(msgspec.Struct, frozen=True):
+    """How near a store is to its limits, and who holds it back. All 0 for a store without a file.
+
+    `live_bytes` are in use of `limit_bytes`; the rest of the file is free to be used again. `oldest_reader_lag` is by
+    how many transactions the oldest one that is read is older than the last one written; `oldest_reader_pid` reads it.
+    """
+
+    live_bytes: int = 0
+    limit_bytes: int = 0
+    readers: int = 0
+    oldest_reader_lag: int = 0
+    oldest_reader_pid: int = 0

@@ -11,7 +11,7 @@ import msgspec
 
 import lmdb
 
-from ..errors import BackendError, BackendFull
+from ..errors import BackendCorrupt, BackendError, BackendFull
 from ..interface import IndexBackend
 from ..model import (
     ApplyResult,
@@ -23,23 +23,30 @@ from ..model import (
     IndexMetrics,
     KvBlockKey,
     Operation,
+    StoreHealth,
     WorkerMatch,
 )
 from .batch import Batch
 from .catalog import WriterCatalog
+from .checks import corrupt
 from .files import (
+    DAMAGE,
     INDEX_FILE,
     MAP_SIZE,
+    SUSPECT_FILE,
     Durability,
     Owner,
     discard_if_machine_crashed,
     disk_is_full,
+    move_aside,
     note_writer,
     open_writer,
     remove_stale_snapshots,
+    suspect,
 )
 from .reader import LmdbReader
 from .sweep import sweep
+from .verify import refuse_if_damaged
 
 T = TypeVar("T")
 
@@ -50,29 +57,57 @@ class LmdbBackend(IndexBackend):
     """An index in `directory`, which this process owns until `close`."""
 
     def __init__(
-        self, directory: Path, *, durability: Durability = Durability.PROCESS, map_size: int = MAP_SIZE
+        self,
+        directory: Path,
+        *,
+        durability: Durability = Durability.PROCESS,
+        map_size: int = MAP_SIZE,
+        rebuild: bool = False,
     ) -> None:
         """Open or create. `map_size` in bytes is the limit of the file.
 
-        Raises BackendBusy, BackendFormat, BackendCorrupt or BackendError; there is no falling back to anything.
+        A damaged index is refused, or with `rebuild` moved aside (`moved_aside`) for a new one. What `suspected` names
+        is a reason to look at the whole index first. Raises BackendBusy, BackendFormat, BackendCorrupt or BackendError.
         """
         self._directory = directory
         self._durability = durability
+        self._map_size = map_size
+        self._damage: BackendCorrupt | None = None
+        self.moved_aside: Path | None = None
+        self.moved_for = ""
         self._owner = Owner(directory)
         try:
             self.discarded_after_crash = discard_if_machine_crashed(directory)
             remove_stale_snapshots(directory)
-            self._env, self._tables = open_writer(directory, durability, map_size)
-            self._reader = LmdbReader(self._env, self._tables)
-            self._catalog = self._load_catalog()
+            self.suspected = suspect(directory)
+            try:
+                self._open()
+            except BackendCorrupt as error:
+                if not rebuild:
+                    raise
+                self.moved_aside, self.moved_for = move_aside(directory), str(error)
+                self._open()
         except BaseException:
             self._owner.release()
             raise
         self._totals = self._catalog.totals()
+        self._page_size = int(self._env.stat()["psize"])
         self._puts = self._removes = self._bytes_written = 0
 
+    def _open(self) -> None:
+        if self.suspected:
+            refuse_if_damaged(self._directory / INDEX_FILE)
+            (self._directory / SUSPECT_FILE).unlink(missing_ok=True)
+        self._env, self._tables = open_writer(self._directory, self._durability, self._map_size)
+        self._reader = LmdbReader(self._env, self._tables)
+        try:
+            self._catalog = self._load_catalog()
+        except BaseException:
+            self._env.close()
+            raise
+
     def _load_catalog(self) -> WriterCatalog:
-        with self._env.begin() as txn:
+        with self._reader.reading() as txn:
             return WriterCatalog(txn, self._tables)
 
     def name(self) -> str:
@@ -92,6 +127,9 @@ class LmdbBackend(IndexBackend):
             self._catalog = self._load_catalog()
             if isinstance(error, lmdb.MapFullError):
                 raise BackendFull(f"{self._directory}: the index has reached its map size") from error
+            if isinstance(error, DAMAGE):
+                self._damage = corrupt(self._directory / INDEX_FILE, repr(error))
+                raise self._damage from error
             if isinstance(error, lmdb.Error) and disk_is_full(self._directory):
                 raise BackendFull(f"{self._directory}: the disk is full ({error})") from error
             if isinstance(error, lmdb.Error):
@@ -178,7 +216,23 @@ class LmdbBackend(IndexBackend):
     def stored_bytes(self) -> int:
         return (self._directory / INDEX_FILE).stat().st_blocks * 512
 
+    def health(self) -> StoreHealth:
+        with self._reader.reading() as txn:
+            stats = [txn.stat(table) for table in self._tables]
+        pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
+        last = self._env.info()["last_txnid"]
+        rows = [line.split() for line in self._env.readers().splitlines()[1:]]
+        reading = [(int(row[2]), int(row[0])) for row in rows if len(row) == 3 and row[2].isdigit()]
+        oldest, pid = min(reading, default=(last, 0))
+        return StoreHealth(pages * self._page_size, self._map_size, len(rows), max(0, last - oldest), pid)
+
+    def damage(self) -> BackendCorrupt | None:
+        return self._damage or self._reader.damage
+
     def close(self) -> None:
+        if damage := self.damage():
+            with suppress(OSError):
+                (self._directory / SUSPECT_FILE).write_text(f"{damage}\n")
         try:
             self._env.sync(True)
             self._env.close()

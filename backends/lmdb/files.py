@@ -3,14 +3,18 @@
 index.mdb, index.mdb-lock   the index
 owner.lock                  held by the one process that writes
 boot.json                   how the last writer ran
+suspect.txt                 why the index is to be looked at as a whole before it is opened, if it is
+index.mdb.corrupt-*         a damaged index that was moved aside
 snapshot-*                  copies that a snapshot is being read from
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -20,17 +24,23 @@ import msgspec
 
 import lmdb
 
-from ..errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
+from ..errors import BackendBusy, BackendError, BackendFormat, BackendFull, BackendPidClash
 from .catalog import Tables, number_of
+from .checks import check_metas, check_state, corrupt
 from .rows import SCHEMA
 
 INDEX_FILE = "index.mdb"
+SUSPECT_FILE = "suspect.txt"
 MAP_SIZE = 1 << 40
 """Address space that every opener of the file reserves, in bytes; no memory and no disk. LMDB cannot grow past it."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SCHEMA_KEY = b"schema"
 _MAX_READERS = 512
+_LOCK_FILE_BYTES = 9 << 12
+"""At least a head and 64 bytes for each reader, in whole pages."""
+DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.CursorFullError, lmdb.PageFullError)
+"""What LMDB says of pages that cannot be."""
 _FULL_BELOW = 1 << 20
 """Free bytes under which a failed write is put down to a full disk."""
 
@@ -114,6 +124,33 @@ def note_writer(directory: Path, durability: Durability, clean: bool) -> None:
         os.close(folder)
 
 
+def pid_clash(path: Path | str) -> BackendPidClash:
+    """The error of two processes that are one to LMDB: it locks by process id."""
+    return BackendPidClash(
+        f"{path}: a process with the same id ({os.getpid()}) reads this index, in another container: give the pod "
+        "shareProcessNamespace: true, or each container its own process ids"
+    )
+
+
+def suspect(directory: Path) -> str:
+    """Why the index is to be looked at as a whole before it is opened, "" when there is no reason."""
+    try:
+        return (directory / SUSPECT_FILE).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def move_aside(directory: Path) -> Path:
+    """Move a damaged index out of the way, and drop what was moved there before. Returns where it is now."""
+    for path in directory.glob(f"{INDEX_FILE}.corrupt-*"):
+        path.unlink()
+    aside = directory / f"{INDEX_FILE}.corrupt-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    (directory / INDEX_FILE).rename(aside)
+    for name in (f"{INDEX_FILE}-lock", SUSPECT_FILE):
+        (directory / name).unlink(missing_ok=True)
+    return aside
+
+
 def disk_is_full(directory: Path) -> bool:
     """Whether that may be why a write failed: LMDB calls a write cut short an input/output error."""
     return shutil.disk_usage(directory).free < _FULL_BELOW
@@ -126,14 +163,19 @@ def remove_stale_snapshots(directory: Path) -> None:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
+    """What LMDB and the system say while a file is opened, as errors of `backends.errors`."""
     try:
         yield
-    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError) as error:
-        raise BackendCorrupt(f"{path} is damaged ({error}); move it aside and start again to rebuild it") from error
+    except (*DAMAGE, lmdb.InvalidError) as error:
+        raise corrupt(path, str(error)) from error
+    except lmdb.LockError as error:
+        raise pid_clash(path) from error
     except lmdb.VersionMismatchError as error:
         raise BackendFormat(f"{path} was written by another version of LMDB ({error})") from error
     except (lmdb.Error, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise BackendFull(f"{path}: the disk is full ({error})") from error
         raise BackendError(f"{path}: {error}") from error
 
 
@@ -143,9 +185,12 @@ def open_writer(directory: Path, durability: Durability, map_size: int) -> tuple
     Raises BackendFormat for a schema that is not ours, BackendCorrupt, BackendError.
     """
     path = directory / INDEX_FILE
-    with _named_errors(path):
-        if not path.exists():
+    with named_errors(path):
+        if path.exists():
+            check_metas(path)
+        else:
             note_writer(directory, durability, clean=False)
+        _allocate_lock_file(directory / f"{INDEX_FILE}-lock")
         env = lmdb.open(
             str(path),
             subdir=False,
@@ -158,6 +203,7 @@ def open_writer(directory: Path, durability: Durability, map_size: int) -> tuple
             metasync=durability is Durability.FULL,
         )
         try:
+            check_state(path, env)
             if env.stat()["entries"]:
                 _check_schema(env, path)
             else:
@@ -177,24 +223,53 @@ def open_reader(path: Path, *, lock: bool = True) -> tuple[lmdb.Environment, Tab
     """Open an index that another process may be writing. Raises BackendFormat, BackendCorrupt, BackendError."""
     if not path.exists():
         raise BackendError(f"{path}: there is no index here")
-    with _named_errors(path):
-        env = lmdb.open(
-            str(path),
-            subdir=False,
-            readonly=True,
-            lock=lock,
-            map_size=MAP_SIZE,
-            max_dbs=len(Tables._fields),
-            max_readers=_MAX_READERS,
-        )
+    with named_errors(path):
+        if lock:
+            check_metas(path)
+        env = _open_read_only(path, lock)
         try:
-            if lock and "no reader locks" in env.readers():
-                raise BackendError(f"{path}: the mount is read-only, so LMDB cannot lock and would read wrong data")
+            if lock:
+                check_state(path, env)
             _check_schema(env, path)
             return env, _open_tables(env)
         except BaseException:
             env.close()
             raise
+
+
+@contextmanager
+def open_unchecked(path: Path) -> Iterator[lmdb.Environment]:
+    """An index of which nothing is known yet but that its meta pages are sound. Nothing is read."""
+    env = _open_read_only(path, lock=True)
+    try:
+        yield env
+    finally:
+        env.close()
+
+
+def _open_read_only(path: Path, lock: bool) -> lmdb.Environment:
+    env = lmdb.open(
+        str(path),
+        subdir=False,
+        readonly=True,
+        lock=lock,
+        map_size=MAP_SIZE,
+        max_dbs=len(Tables._fields),
+        max_readers=_MAX_READERS,
+    )
+    if lock and "no reader locks" in env.readers():
+        env.close()
+        raise BackendError(f"{path}: the mount is read-only, so LMDB cannot lock and would read wrong data")
+    return env
+
+
+def _allocate_lock_file(path: Path) -> None:
+    """LMDB maps this file and writes to it: on a full disk a page that is not there yet would be a SIGBUS."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(file, 0, _LOCK_FILE_BYTES)
+    finally:
+        os.close(file)
 
 
 def _create_tables(env: lmdb.Environment) -> None:

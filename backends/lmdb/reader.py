@@ -22,7 +22,8 @@ from ..model import (
     WorkerMatch,
 )
 from .catalog import LivePlaces, PlaceCache, ScopeNames, Tables
-from .files import INDEX_FILE, open_reader
+from .checks import UNDECODABLE, corrupt
+from .files import DAMAGE, INDEX_FILE, open_reader, pid_clash
 from .rows import (
     COUNT,
     ENTRY_SIZE,
@@ -54,6 +55,8 @@ class LmdbReader:
         self._places = PlaceCache(tables)
         self._scopes = ScopeNames(tables.scopes)
         self.prefix_scans = 0
+        self.damage: BackendCorrupt | None = None
+        """What a question found. The index is not to be asked again."""
 
     @classmethod
     def open(cls, directory: Path) -> LmdbReader:
@@ -65,22 +68,25 @@ class LmdbReader:
         self._env.close()
 
     @contextmanager
-    def _reading(self, table: lmdb._Database | None = None) -> Iterator[lmdb.Transaction[bytes]]:
+    def reading(self, table: lmdb._Database | None = None) -> Iterator[lmdb.Transaction[bytes]]:
         """A read transaction. Raises BackendCorrupt or BackendError for what LMDB says meanwhile."""
         try:
             with self._env.begin(db=table) as txn:
                 yield txn
-        except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
-            raise BackendCorrupt(f"{self._env.path()} is damaged ({error}); move it aside and start again") from error
+        except (*DAMAGE, *UNDECODABLE) as error:
+            self.damage = damage = corrupt(self._env.path(), repr(error))
+            raise damage from error
+        except lmdb.LockError as error:
+            raise pid_clash(self._env.path()) from error
         except lmdb.Error as error:
             raise BackendError(f"{self._env.path()} cannot be read: {error}") from error
 
     def cursors(self) -> dict[str, Cursor]:
-        with self._reading() as txn:
+        with self.reading() as txn:
             return {key.decode(): _decode_cursor(value) for key, value in txn.cursor(self._tables.streams)}
 
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
-        with self._reading() as txn:
+        with self.reading() as txn:
             places = self._places.places(txn).rows
             row = txn.get(row_key(block_hash), db=self._tables.blocks)
             if row is None:
@@ -91,7 +97,7 @@ class LmdbReader:
     def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
         self.prefix_scans += 1
         blocks = self._tables.blocks
-        with self._reading() as txn:
+        with self.reading() as txn:
             number = self._scopes.number(txn, scope)
             if number is None:
                 return []
@@ -121,7 +127,7 @@ class LmdbReader:
         return children
 
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
-        with self._reading(self._tables.blocks) as txn:
+        with self.reading(self._tables.blocks) as txn:
             places = self._places.places(txn)
             number = None
             if scope is not None:
@@ -153,7 +159,7 @@ class LmdbReader:
         return masks
 
     def holdings(self) -> list[Holding]:
-        with self._reading() as txn:
+        with self.reading() as txn:
             counts = {PLACE.unpack(key)[0]: COUNT.unpack(value) for key, value in txn.cursor(self._tables.counts)}
             return [
                 Holding(row.worker_id, row.rank, row.tier, row.group, row.spec, *counts.get(number, (0, 0)))
@@ -171,16 +177,21 @@ class LmdbReader:
                 file = path.open("wb")
                 with file:
                     self._env.copyfd(file.fileno(), compact=True)
+            except DAMAGE as error:
+                self.damage = damage = corrupt(self._env.path(), repr(error))
+                raise damage from error
             except (lmdb.Error, OSError) as error:
                 raise BackendError(f"no snapshot: cannot copy the index to {copy}: {error}") from error
             env, tables = open_reader(path, lock=False)
+            reader = LmdbReader(env, tables)
             try:
-                yield from LmdbReader(env, tables)._records()
+                yield from reader._records()
             finally:
+                self.damage = self.damage or reader.damage
                 env.close()
 
     def _records(self) -> Iterator[CacheResidency]:
-        with self._reading() as txn:
+        with self.reading() as txn:
             places = self._places.places(txn).rows
             for key, row in txn.cursor(self._tables.blocks):
                 if len(key) == 2 + key[0] and row:
