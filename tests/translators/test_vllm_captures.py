@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import msgspec
 import pytest
 
 from kvcensus.backends.memory import MemoryBackend
@@ -10,6 +11,7 @@ from kvcensus.translators.translation import TranslatorOptions
 from kvcensus.translators.vllm import INTEGER_HASHES_SEEN, VllmTranslator
 
 from ..captures_reader import Stage, capture_names, load_capture
+from .wire_families import FAMILIES, Family
 
 
 def follow(stage: Stage, count_copies: bool = True) -> MemoryBackend:
@@ -112,3 +114,21 @@ def test_a_block_index_counts_from_the_root(name: str) -> None:
                     index = residency.key.block_index
                     assert index == at or (index is None and name.endswith("swa"))
             break
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.releases)
+@pytest.mark.parametrize("name", ["vllm-0.32.0-evict", "vllm-0.32.0-cbor-bytes"])
+def test_a_stream_as_an_older_release_would_have_written_it_gives_the_same_index(name: str, family: Family) -> None:
+    (stage,) = load_capture(name).stages
+    backend = MemoryBackend()
+    translator = VllmTranslator(TranslatorOptions("engine", "model"))
+    for message in stage.messages:
+        seconds, events, rank = msgspec.msgpack.decode(message.payload)
+        translation = translator.translate(family.batch(events, seconds, rank), 0)
+        assert translation.rejections == []
+        assert translation.rank == (0 if family.rank else None)
+        assert backend.apply(translation.operations).unknown_removals == 0
+    assert copies_in(backend) == stage.copies
+    for probe in stage.probes:
+        matches = backend.match(None, probe.block_hashes)
+        assert (matches[0].blocks if matches else 0) == probe.prefix_blocks

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcensus.translators.hashes import HASHES_MAX
 from kvcensus.translators.translation import Rejection, RejectReason, Translation, TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
+from kvcensus.translators.wire import EVENTS_MAX
 
 from ..captures_reader import load_capture
 from .wire_families import ARRAYS, CLEARED, MAPS, Family, removed, stored
@@ -272,3 +274,26 @@ def test_many_bad_events_cost_each_its_share() -> None:
     took_s = time.thread_time() - begun
     assert [one.raw for one in rejections] == [event] * 20_000
     assert took_s < 3
+
+
+def test_more_events_than_an_engine_sends_are_no_batch() -> None:
+    event = pack(["AllBlocksCleared"])
+    most = b"\x93" + pack(1.5) + b"\xdd" + EVENTS_MAX.to_bytes(4, "big") + event * EVENTS_MAX + pack(0)
+    assert translate(most).cleared_events == EVENTS_MAX
+    more = b"\x93" + pack(1.5) + b"\xdd" + (EVENTS_MAX + 1).to_bytes(4, "big") + event * (EVENTS_MAX + 1) + pack(0)
+    (rejection,) = translate(more).rejections
+    assert (rejection.reason, rejection.field) == (RejectReason.PAYLOAD, "events")
+
+
+@pytest.mark.parametrize("events", [1, 4])
+def test_more_hashes_than_a_cache_has_are_refused_where_they_pass_the_limit(events: int) -> None:
+    each = HASHES_MAX // events
+    sent = [["BlockRemoved", [7] * each, "GPU"]] * events + [["BlockRemoved", [7], "GPU"]]
+    translation = translate(pack([1.5, sent, 0]))
+    assert translation.removed_events == events
+    assert [one.field for one in translation.rejections] == [f"events[{events}].block_hashes"]
+
+
+def test_an_event_with_more_hashes_than_a_cache_has_is_refused_unread() -> None:
+    (rejection,) = translate(pack([1.5, [["BlockRemoved", [7] * (HASHES_MAX + 1), "GPU"]], 0])).rejections
+    assert (rejection.reason, rejection.field) == (RejectReason.BLOCK_HASH, f"events[0].block_hashes[{HASHES_MAX}]")
