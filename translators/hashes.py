@@ -17,6 +17,9 @@ from kvcensus.backends.model import MAX_HASH_BYTES
 
 from .packed import array_header
 
+HASHES_MAX = 1 << 20
+"""Hashes of one event, and of one payload: 16 million tokens in blocks of 16. A byte on the wire may become fifty."""
+
 PATTERN_BYTES = 8
 """The length of a hash that came as an integer."""
 
@@ -70,6 +73,8 @@ def unpack_hashes(raw: msgspec.Raw, cut: bool = False) -> tuple[tuple[bytes, ...
     count, start = array_header(packed)
     if not count:
         return (), False
+    if count > HASHES_MAX:
+        raise BadHash(f"{count} block hashes; at most {HASHES_MAX} are taken", HASHES_MAX)
     mark = packed[start]
     if mark in _WIDE_INTEGERS:
         if count == 1:

@@ -45,8 +45,8 @@ class Translation(msgspec.Struct):
     """One payload as operations, in the order of its events.
 
     `engine_ms` is the engine's clock in ms since the Unix epoch, `rank` its data-parallel rank or None.
-    `stored_events`, `removed_events` and `cleared_events` count events. `facts` is what the translator remembers of
-    the stream now.
+    `stored_events`, `removed_events` and `cleared_events` count events, `hashes` block hashes. `facts` is what the
+    translator remembers of the stream now.
     """
 
     operations: list[Operation]
@@ -57,6 +57,7 @@ class Translation(msgspec.Struct):
     removed_events: int = 0
     cleared_events: int = 0
     facts: int = 0
+    hashes: int = 0
 
 
 class ClearScope(StrEnum):

@@ -18,7 +18,7 @@ from kvcensus.backends.model import (
     StoreRun,
 )
 
-from .hashes import BadHash, hash_bytes, unpack_hashes
+from .hashes import HASHES_MAX, BadHash, hash_bytes, unpack_hashes
 from .media import Media
 from .packed import array_length, first_item_is_nil
 from .translation import (
@@ -218,6 +218,10 @@ def _hashes(packed: msgspec.Raw, cut: bool, result: Translation) -> tuple[bytes,
     except (ValueError, *UNDECODABLE) as error:
         detail = f"the block hashes cannot be read: {error}"
         raise _BadEvent(RejectReason.EVENT_SHAPE, "block_hashes", detail) from None
+    result.hashes += len(hashes)
+    if result.hashes > HASHES_MAX:
+        detail = f"more than {HASHES_MAX} block hashes in one payload"
+        raise _BadEvent(RejectReason.BLOCK_HASH, "block_hashes", detail)
     if integers:
         result.facts |= INTEGER_HASHES_SEEN
     return hashes

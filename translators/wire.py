@@ -22,6 +22,9 @@ from .translation import Rejection, RejectReason
 RANK_MAX = 65535
 """A rank is added to a port number."""
 
+EVENTS_MAX = 1 << 17
+"""A step of an engine has some thousands at most. An event may be a byte, and takes hundreds when it is refused."""
+
 Small = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Rank = Annotated[int, Meta(ge=0, le=RANK_MAX)]
 Hash = int | bytes
@@ -83,13 +86,13 @@ class Batch(Struct, Generic[EventT], array_like=True):
     """One payload. `ts` is the engine's clock in seconds since the epoch."""
 
     ts: float
-    events: Sequence[EventT]
+    events: Annotated[Sequence[EventT], Meta(max_length=EVENTS_MAX)]
     rank: Rank | None = None
 
 
 class _Envelope(Struct, array_like=True):
     ts: float
-    events: list[Raw]
+    events: Annotated[list[Raw], Meta(max_length=EVENTS_MAX)]
     rank: Raw = Raw(b"\xc0")
 
 

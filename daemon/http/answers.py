@@ -61,7 +61,7 @@ def answer(request: web.Request, body: msgspec.Struct, status: int = HTTPStatus.
 
 
 def _sayable(text: str) -> str:
-    """Text that came with a request, where bytes that are not UTF-8 stand as lone surrogates, which have no encoding."""
+    """Text of a request, in which bytes that are not UTF-8 are lone surrogates, which have no encoding."""
     return text.encode(errors="backslashreplace").decode()
 
 

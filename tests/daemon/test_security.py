@@ -80,8 +80,9 @@ def test_probes_need_no_token(guarded: Client) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        "", TOKEN, "Basic " + TOKEN, "Bearer", "Bearer ", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", f"Bearer x{TOKEN}",
-        f"Bearer {TOKEN.upper()}", f"Bearer {TOKEN} {TOKEN}", "Bearer # ours", "Bearer \xe9\xff", "Bearer " + "a" * 5000,
+        "", TOKEN, f"Basic {TOKEN}", "Bearer", "Bearer ", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x",
+        f"Bearer x{TOKEN}", f"Bearer {TOKEN.upper()}", f"Bearer {TOKEN} {TOKEN}", "Bearer # ours", "Bearer \xe9\xff",
+        "Bearer " + "a" * 5000,
     ],
 )  # fmt: skip
 def test_what_is_not_the_token_is_refused(guarded: Client, given: str) -> None:
@@ -166,9 +167,11 @@ def test_files_that_others_can_read_get_a_warning(tmp_path: Path, token_file: st
 
 @pytest.mark.parametrize(
     ("listen", "open_to_others"),
-    [("127.0.0.1:1", False), ("127.1.2.3:1", False), ("localhost:1", False), ("[::1]:1", False), ("", False)]
-    + [("0.0.0.0:1", True), ("[::]:1", True), ("10.0.0.1:1", True), ("engine:1", True)],
-)
+    [
+        ("127.0.0.1:1", False), ("127.1.2.3:1", False), ("localhost:1", False), ("[::1]:1", False), ("", False),
+        ("0.0.0.0:1", True), ("[::]:1", True), ("10.0.0.1:1", True), ("engine:1", True),
+    ],
+)  # fmt: skip
 def test_listening_for_others_without_a_token_or_tls_gets_a_warning(
     tmp_path: Path, token_file: str, listen: str, open_to_others: bool
 ) -> None:
