@@ -5,7 +5,9 @@ Times are monotonic milliseconds given by the caller. Every method returns verdi
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from operator import itemgetter
 
 import msgspec
 
@@ -118,7 +120,7 @@ class Stream:
         self.life_at_ms = now_ms
         verdicts: list[Verdict] = [] if self._connected else self.connected(now_ms)
         backwards = self._last_live is not None and seq <= self._last_live
-        if backwards and self._is_recent(seq, payload):
+        if backwards and (self._is_recent(seq, payload) or self._is_held(seq, payload)):
             self._counters.duplicates += 1
             return verdicts
         self._last_live = seq
@@ -344,6 +346,11 @@ class Stream:
         recent[seq] = hash(payload)
         if len(recent) > RECENT_MESSAGES:
             del recent[next(iter(recent))]
+
+    def _is_held(self, seq: int, payload: bytes) -> bool:
+        """What is held has ascending numbers: the first one that does not ascend empties it."""
+        at = bisect_left(self._held, seq, key=itemgetter(0))
+        return at < len(self._held) and self._held[at] == (seq, payload)
 
     def _is_recent(self, seq: int, payload: bytes) -> bool:
         return self._recent.get(seq) == hash(payload)

@@ -165,6 +165,17 @@ def test_a_duplicated_live_message_is_dropped_without_asking() -> None:
     assert s.live(6, body(6), 11) == [Apply(6, body(6))]
 
 
+def test_a_held_message_that_comes_again_does_not_start_the_replay_again() -> None:
+    s = stream(cursor(41))
+    s.connected(0)
+    for seq in (43, 44, 46):
+        assert s.live(seq, body(seq), 1) == []
+    for seq in (44, 43, 46):
+        assert s.live(seq, body(seq), 2) == []
+    assert s.held == 3
+    assert s.live(44, body(44, life="b"), 3) == [AskReplay(41)]
+
+
 def test_a_stray_old_message_is_not_a_restart_when_the_engine_still_knows_the_last_one() -> None:
     s = stream(cursor(41))
     s.connected(0)
