@@ -100,7 +100,7 @@ def _worker(
         return report(Outcome.UNTRUSTED)
     if refused or Excuse.UNTRUSTED not in excused:
         return report(Outcome.DIVERGED, "untrusted, and no fault excuses it")
-    if invented and not keeps:
+    if invented and not keeps and Excuse.REFUSED not in excused:
         return report(Outcome.DIVERGED, f"untrusted, but {_told(invented)} claimed and not there")
     return report(Outcome.UNTRUSTED)
 

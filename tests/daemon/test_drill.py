@@ -51,6 +51,7 @@ REFUSED = {"trust": "untrusted", "reason": "message 7 was refused: it is no batc
         (hbm(a=1), [Excuse.UNTRUSTED], UNTRUSTED, Outcome.UNTRUSTED),
         (hbm(a=2, b=1), [], UNTRUSTED, Outcome.DIVERGED),
         (hbm(a=3), [Excuse.UNTRUSTED], UNTRUSTED, Outcome.DIVERGED),
+        (hbm(a=3), [Excuse.UNTRUSTED, Excuse.REFUSED], UNTRUSTED, Outcome.UNTRUSTED),
         (hbm(c=1), [Excuse.REFUSED], REFUSED, Outcome.UNTRUSTED),
         (hbm(a=1), [Excuse.UNTRUSTED], REFUSED, Outcome.DIVERGED),
         (hbm(a=1), [Excuse.REFUSED], UNTRUSTED, Outcome.DIVERGED),
