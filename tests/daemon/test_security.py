@@ -20,6 +20,7 @@ from kvcensus.daemon.config import HttpConfig, InvalidValue, SourceConfig
 from kvcensus.daemon.config.model import Config
 from kvcensus.daemon.counters import HttpRefusal
 from kvcensus.daemon.credentials import read_tokens
+from kvcensus.daemon.http import security
 
 from .certificates import Signed, authority, signed
 from .served import Client, View, chain, name, serving, status
@@ -362,3 +363,18 @@ def test_beyond_the_limit_busy_connections_stay_and_the_next_is_told(view: View)
             connection.close()
         wait_until(lambda: client.get("/livez").status == 200)
     assert view.http_counters.refused[HttpRefusal.FULL] >= 1
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux has the option")
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(security, "_UNSENT_MS", 1000)
+    backend = MemoryBackend()
+    backend.apply([chain(number, 1) for number in range(30_000)])
+    view.backend = backend
+    with serving(view) as client, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((client.host, client.port))
+        deaf.sendall(b"GET /v1/children?model_id=m&prefix_hash=root HTTP/1.1\r\nHost: a\r\n\r\n")
+        time.sleep(4)
+        answer = closed_within(deaf, 5)
+        assert len(answer) < 1_000_000

@@ -21,7 +21,7 @@ from .mutation import HTTP_LIES
 _SILENCE_S = 0.004
 """After so long without an answer the request is taken for one that has no end, and its connection is half closed."""
 _HANG_S = 20.0
-_STATUS_LINE = re.compile(rb"HTTP/[0-9]\.[0-9] [2-5][0-9][0-9] ")
+_STATUS_LINE = re.compile(rb"HTTP/[0-9]\.[0-9] [1-5][0-9][0-9] ")
 _BROKE = re.compile(rb"HTTP/[0-9]\.[0-9] 500 ")
 _LENGTH = re.compile(rb"Content-Length: *[0-9]+")
 
