@@ -16,7 +16,7 @@ from typing import Any
 from ..config.load import ENVIRONMENT_PREFIX
 from .machine import Link
 
-_WAIT_S = 20.0
+_WAIT_S = 60.0
 _POLL_S = 0.02
 _COUNTED = (
     "gaps",

@@ -100,8 +100,11 @@ def drill_seeds(order: Order, seeds: Sequence[int], jobs: int) -> Iterator[Resul
     if jobs == 1:
         yield from (drill_seed(order, seed) for seed in seeds)
         return
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         yield from pool.map(lambda seed: drill_seed(order, seed), seeds)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def summed(results: Sequence[Result]) -> Summary:
