@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Metric, ProcessCollector, disab
 from prometheus_client.registry import Collector
 
 from kvcensus.backends.errors import BackendError
-from kvcensus.backends.model import TIERS, IndexMetrics
+from kvcensus.backends.model import TIERS, IndexMetrics, StoreHealth
 
 from .counters import AppliedCounters, Histogram, IntakeCounters
 from .status import DaemonView, StreamState, StreamStatus, Trust
@@ -89,6 +89,7 @@ class IndexFigures(msgspec.Struct):
 
     metrics: IndexMetrics
     stored_bytes: int
+    health: StoreHealth
     tier_records: dict[str, float]
 
 
@@ -156,6 +157,12 @@ INDEX_METRICS = (
     _backend(_G, "resident_bytes", "metrics.resident_bytes",
              "Bytes of the blocks in the index, as far as their size is known."),
     _backend(_G, "file_bytes", "stored_bytes", "Bytes that the index occupies on disk."),
+    _backend(_G, "live_bytes", "health.live_bytes",
+             "Bytes of the file that are in use; the rest of it is free to be used again."),
+    _backend(_G, "limit_bytes", "health.limit_bytes", "Bytes that the file can grow to; 0 for no file."),
+    _backend(_G, "readers", "health.readers", "Readers of the file, in this process and in others."),
+    _backend(_G, "oldest_reader_lag_transactions", "health.oldest_reader_lag",
+             "Transactions since the oldest state that somebody still reads; it keeps every page freed since."),
     _backend(_C, "puts_total", "metrics.puts", "Copies stored or refreshed since the index was opened."),
     _backend(_C, "removes_total", "metrics.removes", "Copies removed since the index was opened."),
     _backend(_C, "prefix_scans_total", "metrics.prefix_scans",
@@ -272,7 +279,7 @@ def _index_figures(view: DaemonView) -> IndexFigures | None:
     try:
         for holding in backend.holdings():
             tier_records[holding.tier] += holding.blocks
-        return IndexFigures(backend.metrics(), backend.stored_bytes(), tier_records)
+        return IndexFigures(backend.metrics(), backend.stored_bytes(), backend.health(), tier_records)
     except (BackendError, OSError):
         return None
 

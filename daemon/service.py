@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.interface import IndexBackend
@@ -23,7 +24,7 @@ from .logs import get_logger
 from .metrics import install
 from .quarantine import Quarantine, QuarantineLimits
 from .sources.zmq import ZmqIntake, ZmqOptions
-from .status import Readiness, StreamCounters, StreamStatus
+from .status import Readiness, StreamCounters, StreamStatus, Trust
 from .streams.state import StreamLimits
 from .writer import Writer, WriterOptions
 
@@ -170,7 +171,7 @@ class Service:
 
     def failure(self) -> BaseException | None:
         """Why the daemon cannot go on, if it cannot."""
-        return self._writer.error or self._intake.error
+        return self._writer.error or self._intake.error or self.backend.damage()
 
     def alive(self) -> bool:
         return self._writer.is_alive() and self._intake.is_alive()
@@ -181,10 +182,14 @@ class Service:
             problems.append(f"a thread has ended: {self.failure()!r}")
         if self._writer.full:
             problems.append(f"nothing can be written: {self._writer.full}")
+        if damage := self.backend.damage():
+            problems.append(f"the index is damaged: {damage}")
         return Readiness(not problems, problems)
 
     def statuses(self) -> list[StreamStatus]:
-        return [followed.status() for _, followed in self._streams.values()]
+        full = self._writer.full
+        statuses = [followed.status() for _, followed in self._streams.values()]
+        return [_unwritten(one, full, self._writer.full_since_ms) for one in statuses] if full else statuses
 
     def stream_counters(self) -> Sequence[StreamCounters]:
         return [followed for _, followed in self._streams.values()]
@@ -193,12 +198,28 @@ class Service:
         return self._queue.depth()
 
 
+def _unwritten(status: StreamStatus, full: str, since_ms: int) -> StreamStatus:
+    """A stream of which nothing can be written: what the index says of its worker is as old as that."""
+    if status.trust not in (Trust.FRESH, Trust.CATCHING_UP):
+        return status
+    reason = f"nothing can be written: {full}"
+    return msgspec.structs.replace(status, trust=Trust.STALE, reason=reason, since_ms=since_ms)
+
+
 def _open_backend(config: Config) -> IndexBackend:
     if config.backend is BackendKind.MEMORY:
         return MemoryBackend()
+    directory = Path(config.data_dir)
+    if reason := suspect(directory):
+        log.warning("index_suspected", reason=reason, detail="the whole of it is looked at before it is used")
     backend = LmdbBackend(
-        Path(config.data_dir), durability=config.index.durability, map_size=config.index.map_size_bytes
+        directory,
+        durability=config.index.durability,
+        map_size=config.index.map_size_bytes,
+        rebuild=config.index.on_corrupt is OnCorrupt.REBUILD,
     )
+    if backend.moved_aside:
+        log.error("index_moved_aside", to=str(backend.moved_aside), reason=backend.moved_for)
     if backend.discarded_after_crash:
         log.warning("index_discarded", reason="the machine went down while the index was written without syncing")
     return backend

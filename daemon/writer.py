@@ -28,6 +28,13 @@ from .streams.verdicts import Apply, Fence, NewEpoch, fingerprint
 _IDLE_WAIT_S = 0.2
 _RETRY_FULL_S = 1.0
 _LOG_EVERY_S = 10.0
+_HOUSEKEEPING_S = 0.5
+"""How often space is reclaimed while there is always something to write: some milliseconds each time."""
+_ROOM_STEPS = 20
+"""Steps of reclaiming between two attempts to write into a full store."""
+_READERS_EVERY_S = 10.0
+_PINNED_TRANSACTIONS = 1000
+"""A reader so many transactions behind keeps every page that they freed: 20 s of a busy writer, or more."""
 
 _HARMLESS = {RejectReason.MEDIUM}
 """Rejections that cannot leave a block in the index that the worker has dropped: none was ever stored there."""
@@ -108,6 +115,9 @@ class Writer(threading.Thread):
         self.counters = WriterCounters()
         self.error: BaseException | None = None
         self.full: str = ""
+        self.full_since_ms = 0
+        self._housekept_s = 0.0
+        self._readers_seen_s = 0.0
 
     def abandon(self) -> None:
         """Stop without applying what is still queued: the deadline of a shutdown has passed."""
@@ -136,7 +146,7 @@ class Writer(threading.Thread):
                 if not items:
                     if self._queue.closed:
                         return False
-                    self._backend.reclaim(self._options.reclaim_rows)
+                    self._housekeep(now)
                     if self._quarantine is not None:
                         self._quarantine.flush()
                     return True
@@ -145,7 +155,50 @@ class Writer(threading.Thread):
             if self._blocks >= self._options.commit_max_blocks or wait_s <= 0 or self._barriers:
                 break
         self._commit()
+        if now - self._housekept_s > _HOUSEKEEPING_S:
+            self._housekeep(now)
         return True
+
+    def _housekeep(self, now: float) -> None:
+        """Free what cleared workers and killed readers held, and say who reads an old state for long."""
+        self._housekept_s = now
+        self._reclaim()
+        if now - self._readers_seen_s < _READERS_EVERY_S:
+            return
+        self._readers_seen_s = now
+        health = self._backend.health()
+        if health.oldest_reader_lag > _PINNED_TRANSACTIONS:
+            log.warning(
+                "reader_pins_the_index",
+                reader_pid=health.oldest_reader_pid,
+                transactions_behind=health.oldest_reader_lag,
+                detail="no page that was freed since then can be used again: the file grows until this reader goes on",
+            )
+
+    def _reclaim(self) -> bool:
+        """One step, a smaller one where there is no room for that. Whether there is more to do."""
+        rows = self._options.reclaim_rows
+        while rows:
+            try:
+                return self._backend.reclaim(rows)
+            except BackendFull:
+                rows //= 8
+        return False
+
+    def _make_room(self) -> None:
+        """Apply the clears of the batch that finds no room, and reclaim.
+
+        The batch still has them: cleared twice is cleared once, and what was stored before a clear goes with it.
+        """
+        clears = [one for one in self._operations if isinstance(one, ClearBlocks)]
+        try:
+            if clears:
+                self._backend.apply(clears)
+        except BackendFull:
+            pass
+        for _ in range(_ROOM_STEPS):
+            if not self._reclaim():
+                break
 
     def _gather(self, item: Item) -> None:
         stream, what = item
@@ -292,7 +345,7 @@ class Writer(threading.Thread):
         if result is None:
             return
         for stream in self._retired:
-            self._backend.forget_stream(stream.stream)
+            self._forget(stream.stream)
         self.counters.commits += 1
         self.counters.commit_s.observe(time.perf_counter() - started)
         self._count(result)
@@ -310,6 +363,13 @@ class Writer(threading.Thread):
         self._barriers = []
         self._blocks = 0
 
+    def _forget(self, stream: str) -> None:
+        """What finds no room stays, and is dropped at the next start as the cursor of an unconfigured stream."""
+        try:
+            self._backend.forget_stream(stream)
+        except BackendFull as error:
+            log.warning("stream_not_forgotten", stream=stream, detail=str(error))
+
     def _apply_until_done(self, cursors: list[Cursor]) -> ApplyResult | None:
         """Apply the batch, waiting for room as long as it takes. None when told to stop meanwhile."""
         while True:
@@ -318,10 +378,12 @@ class Writer(threading.Thread):
             except BackendFull as error:
                 self.counters.commit_errors += 1
                 if not self.full:
+                    self.full_since_ms = now_ms()
                     log.error("backend_full", backend=self._backend.name(), detail=str(error))
                 self.full = str(error)
                 if self._abandon:
                     return None
+                self._make_room()
                 time.sleep(_RETRY_FULL_S)
                 continue
             if self.full:

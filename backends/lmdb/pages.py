@@ -140,6 +140,7 @@ class PageCheck:
         self._used = bytearray(min(meta.last_page + 1, self._size // meta.page_size))
         self.tables: dict[bytes, Tree] = {}
         """By name, once `main` was walked."""
+        self._claimed = 0
 
     @property
     def cut_short(self) -> bool:
@@ -152,6 +153,8 @@ class PageCheck:
         for name, tree in self.tables.items():
             yield from self.table(name, tree)
         yield from self.free()
+        if self._claimed != self._meta.last_page + 1 - _FIRST_PAGE:
+            yield Finding("the file", f"{self._claimed} pages are in use or free, of {self._meta.last_page - 1}")
 
     def main(self) -> Iterator[Finding]:
         """The tree that names the tables."""
@@ -193,6 +196,7 @@ class PageCheck:
             if not _FIRST_PAGE <= page < above:
                 return f"lists page {page} as freed by transaction {transaction}"
             above = page
+            self._claimed += 1
             if page < len(used):
                 if used[page]:
                     return f"lists page {page}, which is in use or listed twice"
@@ -260,6 +264,7 @@ class PageCheck:
             raise Unreadable("is used twice")
         self._used[number:end] = b"\x01" * pages
         self._left -= pages
+        self._claimed += pages
 
     def _page(self, number: int) -> tuple[bytes, int]:
         """A page of a tree, and whether it is a branch or a leaf."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import signal
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from kvcensus.backends.errors import BackendBusy, BackendError, BackendFormat
+from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
+from kvcensus.backends.lmdb.files import SUSPECT_FILE
 
 from ..collector import settle_collector
 from ..config import EXIT_CONFIG, Config, ConfigError, config_from_flags, load_config
@@ -19,7 +21,7 @@ from ..logs import configure, get_logger
 from ..service import Service
 
 EXIT_FAILURE = 1
-EXIT_DATA_FORMAT = 65
+EXIT_DATA = 65
 EXIT_BUSY = 75
 """From sysexits.h: EX_DATAERR, EX_TEMPFAIL; a configuration error is EX_CONFIG."""
 
@@ -96,6 +98,21 @@ def run(
     sys.exit(asyncio.run(_Daemon(config, load if path is not None else None).run()))
 
 
+def _unusable(error: BackendError) -> int:
+    """Say what is wrong with the index, and return the exit code of it."""
+    log.critical("backend_unusable", problem=error.problem, detail=str(error))
+    if isinstance(error, BackendBusy):
+        return EXIT_BUSY
+    return EXIT_DATA if isinstance(error, BackendFormat | BackendCorrupt) else EXIT_FAILURE
+
+
+def _note_fatal_signals(data_dir: Path) -> None:
+    """An end by SIGBUS, SIGSEGV or SIGABRT leaves a note: the next start then looks at the whole index first."""
+    file = (data_dir / SUSPECT_FILE).open("ab", buffering=0)
+    os.fchmod(file.fileno(), 0o600)
+    faulthandler.enable(file, all_threads=False)
+
+
 class _Daemon:
     """The event loop of `run`: signals, HTTP, and watching the threads of the service."""
 
@@ -109,10 +126,9 @@ class _Daemon:
         try:
             service = Service(self._config)
         except BackendError as error:
-            log.critical("backend_unusable", detail=str(error))
-            if isinstance(error, BackendBusy):
-                return EXIT_BUSY
-            return EXIT_DATA_FORMAT if isinstance(error, BackendFormat) else EXIT_FAILURE
+            return _unusable(error)
+        if service.backend.persistent():
+            _note_fatal_signals(Path(self._config.data_dir))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -131,13 +147,18 @@ class _Daemon:
         except OSError as error:
             log.critical("cannot_listen", listen=self._config.http.listen, detail=str(error))
             return EXIT_FAILURE
+        except BackendError as error:
+            return _unusable(error)
         finally:
             log.info("stopping")
             if server is not None:
                 await server.stop()
             drained = await asyncio.to_thread(service.stop, self._config.writer.drain_deadline_ms / 1000)
             log.info("stopped", drained=drained)
-        return EXIT_FAILURE if service.failure() else 0
+        failure = service.failure()
+        if isinstance(failure, BackendError):
+            return _unusable(failure)
+        return EXIT_FAILURE if failure else 0
 
     async def _listen(self, service: Service) -> HttpServer | None:
         address = self._config.http.address()

@@ -183,6 +183,8 @@ class IndexConfig(_Section, frozen=True):
     """What a commit survives. `process`: the blocks themselves die with the machine, so syncing would only cost."""
     map_size_bytes: Annotated[int, msgspec.Meta(ge=_MIB, le=MAP_SIZE)] = MAP_SIZE
     """Address space reserved for the file, in bytes: no memory and no disk until used. Lower it under a ulimit -v."""
+    on_corrupt: OnCorrupt = OnCorrupt.REFUSE
+    """What happens to a damaged index at the start. `rebuild`: moved aside, and made again from the engines."""
     reclaim_rows: Positive = 5000
     """Rows looked at in one idle step of reclaiming cleared workers' space: a few milliseconds of the writer."""
 
