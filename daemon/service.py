@@ -14,10 +14,10 @@ from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ClearBlocks, Cursor
-from kvcensus.translators.vllm import VllmTranslator
 
 from .config import BackendKind, Config, OnFence, OnHole, SourceConfig, StreamConfig
 from .counters import HttpCounters, QuarantineCounters, WriterCounters
+from .engines import TRANSLATORS
 from .followed import FollowedStream
 from .frame_queue import Barrier, FrameQueue
 from .logs import get_logger
@@ -96,7 +96,7 @@ class Service:
                 lease_ms=source.lease_ms,
                 tolerate_holes=source.on_hole is OnHole.TOLERATE,
             ),
-            translator=VllmTranslator(source.translator_options()),
+            translator=TRANSLATORS[source.type](source.translator_options()),
             cursor=cursor,
             keeps_fenced=source.on_fence is OnFence.KEEP,
             stale_after_ms=source.stale_after_ms,

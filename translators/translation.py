@@ -25,6 +25,8 @@ class RejectReason(StrEnum):
     """A medium that is no known spelling of a tier. It never becomes a default tier."""
     RANK = "rank"
     """A data-parallel rank that is not that of the stream."""
+    RELEASE = "release"
+    """An event of an engine's release whose events do not say what an index must know."""
 
 
 class Rejection(msgspec.Struct, frozen=True):

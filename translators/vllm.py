@@ -7,43 +7,20 @@ from typing import NamedTuple
 
 import msgspec
 
-from kvcensus.backends.model import (
-    ROOT,
-    CacheTier,
-    ClearBlocks,
-    GroupKind,
-    GroupSpec,
-    IdentityScope,
-    RemoveBlocks,
-    StoreRun,
-)
+from kvcensus.backends.model import CacheTier, GroupKind, GroupSpec, IdentityScope, RemoveBlocks, StoreRun
 
-from .hashes import HASHES_MAX, BadHash, hash_bytes, unpack_hashes
-from .media import Media
+from .events import INTEGER_HASHES_SEEN, BadEvent, EventTranslator, adapter_of, hashes_of, parent_of, token_count
 from .packed import array_length, first_item_is_nil
-from .translation import (
-    ClearScope,
-    HashJoin,
-    Rejection,
-    RejectReason,
-    Translation,
-    TranslatorOptions,
-    worker_id_of,
-)
+from .translation import ClearScope, HashJoin, RejectReason, Translation, TranslatorOptions
 from .wire import (
     UNDECODABLE,
     AllBlocksCleared,
-    BlockRemoved,
-    BlockStored,
     PositionalAllBlocksCleared,
-    PositionalBlockRemoved,
-    PositionalBlockStored,
+    RemovedEvent,
+    Small,
+    StoredEvent,
     WireDecoder,
-    raw_events,
 )
-
-INTEGER_HASHES_SEEN = 1
-"""Bit of `facts`: this stream has sent hashes as integers."""
 
 KINDS = {
     "full_attention": GroupKind.FULL,
@@ -55,23 +32,37 @@ KINDS = {
 }
 """What `kv_cache_spec_kind` means for a prefix hit. Any other kind is OTHER: its rule is not on the wire."""
 
-_CLOCK_END_S = 253_402_300_800.0
-"""The year 10000."""
-
 _SETTINGS_KEPT = 1024
-_Event = BlockStored | BlockRemoved | AllBlocksCleared
-_PositionalEvent = PositionalBlockStored | PositionalBlockRemoved | PositionalAllBlocksCleared
 _decode_keys = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _decode_first_keys = msgspec.msgpack.Decoder(list[object]).decode
 
 
-class _BadEvent(Exception):
-    """An event that was decoded and makes no sense. `field` is the path inside it."""
+class BlockStored(StoredEvent, tag="BlockStored", tag_field="type"):
+    """Blocks were stored. `extra_keys` stays packed: it is nil for nearly every block."""
 
-    def __init__(self, reason: RejectReason, field: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.field = field
+    lora_name: str | None = None
+    extra_keys: msgspec.Raw = msgspec.Raw()
+    group_idx: Small | None = None
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: Small | None = None
+
+
+class BlockRemoved(RemovedEvent, tag="BlockRemoved", tag_field="type"):
+    """One copy of each of these blocks was dropped."""
+
+    group_idx: Small | None = None
+
+
+class PositionalBlockStored(BlockStored, array_like=True, tag="BlockStored"):
+    """BlockStored as an array."""
+
+
+class PositionalBlockRemoved(BlockRemoved, array_like=True, tag="BlockRemoved"):
+    """BlockRemoved as an array."""
+
+
+_Event = BlockStored | BlockRemoved | AllBlocksCleared
+_PositionalEvent = PositionalBlockStored | PositionalBlockRemoved | PositionalAllBlocksCleared
 
 
 class _Setting(NamedTuple):
@@ -83,49 +74,15 @@ class _Setting(NamedTuple):
     spec: GroupSpec | None
 
 
-class VllmTranslator:
+class VllmTranslator(EventTranslator[BlockStored, BlockRemoved]):
     """Translates the payloads of one vLLM stream. See `translation.Translator`."""
 
     def __init__(self, options: TranslatorOptions) -> None:
-        self._options = options
-        self._media = Media(options.media)
-        self._decoder: WireDecoder[_Event] = WireDecoder(_Event, _PositionalEvent)
-        self._cleared_tier = CacheTier.HBM if options.clears is ClearScope.DEVICE else None
+        cleared_tier = CacheTier.HBM if options.clears is ClearScope.DEVICE else None
+        super().__init__(options, WireDecoder(_Event, _PositionalEvent), cleared_tier)
         self._cut_always = options.hash_join is HashJoin.ALWAYS
         self._cut_facts = INTEGER_HASHES_SEEN if options.hash_join is HashJoin.AUTO else 0
         self._setting = lru_cache(_SETTINGS_KEPT)(self._new_setting)
-
-    def translate(self, payload: bytes, facts: int) -> Translation:
-        """Translate one payload. `facts` has INTEGER_HASHES_SEEN or 0; what is returned is for the next payload."""
-        batch = self._decoder.decode(payload)
-        if isinstance(batch, Rejection):
-            return Translation([], [batch], facts=facts)
-        seconds, rank = batch.ts, batch.rank
-        known_time = 0 <= seconds < _CLOCK_END_S
-        result = Translation([], [], int(seconds * 1000) if known_time else 0, rank, 0, 0, 0, facts)
-        if not known_time:
-            detail = f"the engine's clock says {seconds}, which is no time; the events were taken without one"
-            result.rejections.append(Rejection(RejectReason.PAYLOAD, detail, "ts"))
-        worker_id = worker_id_of(self._options.worker, rank)
-        raws: list[msgspec.Raw] = []
-        for position, event in enumerate(batch.events):
-            try:
-                if isinstance(event, BlockStored):
-                    result.operations.append(self._stored(event, worker_id, result))
-                    result.stored_events += 1
-                elif isinstance(event, BlockRemoved):
-                    result.operations.append(self._removed(event, worker_id, result))
-                    result.removed_events += 1
-                elif isinstance(event, AllBlocksCleared):
-                    result.operations.append(ClearBlocks(worker_id, self._cleared_tier))
-                    result.cleared_events += 1
-                else:
-                    result.rejections.append(event)
-            except _BadEvent as bad:
-                where = f"events[{position}].{bad.field}"
-                raws = raws or raw_events(payload)
-                result.rejections.append(Rejection(bad.reason, str(bad), where, position, bytes(raws[position])))
-        return result
 
     def _stored(self, event: BlockStored, worker_id: str, result: Translation) -> StoreRun:
         options = self._options
@@ -142,12 +99,9 @@ class VllmTranslator:
             event.kv_cache_spec_kind,
             event.kv_cache_spec_sliding_window,
         )
-        try:
-            tokens = array_length(event.token_ids)
-        except ValueError:
-            raise _BadEvent(RejectReason.EVENT_SHAPE, "token_ids", "the token ids are no array") from None
+        tokens = token_count(event)
         cut = self._cut_always or result.facts & self._cut_facts != 0
-        hashes = _hashes(event.block_hashes, cut, result)
+        hashes = hashes_of(event.block_hashes, cut, result)
         consecutive = tokens > 0 and len(hashes) * block_size == tokens
         return StoreRun(
             worker_id,
@@ -155,7 +109,7 @@ class VllmTranslator:
             setting.scope,
             setting.tier,
             hashes,
-            _parent(wire_parent, cut) if consecutive else None,
+            parent_of(wire_parent, cut) if consecutive else None,
             setting.group,
             block_size,
             result.engine_ms,
@@ -169,7 +123,7 @@ class VllmTranslator:
     def _removed(self, event: BlockRemoved, worker_id: str, result: Translation) -> RemoveBlocks:
         tier = self._tier(event.medium)
         cut = self._cut_always or result.facts & self._cut_facts != 0
-        return RemoveBlocks(worker_id, _hashes(event.block_hashes, cut, result), tier, event.group_idx or 0)
+        return RemoveBlocks(worker_id, hashes_of(event.block_hashes, cut, result), tier, event.group_idx or 0)
 
     def _new_setting(
         self,
@@ -184,15 +138,8 @@ class VllmTranslator:
     ) -> _Setting:
         options = self._options
         tier = self._tier(medium)
-        adapter = lora_name if lora_name is not None or lora_id is None else str(lora_id)
-        scope = IdentityScope(options.model_id, options.tokenizer_id, adapter, tenant)
+        scope = IdentityScope(options.model_id, options.tokenizer_id, adapter_of(lora_name, lora_id), tenant)
         return _Setting(scope, tier, group_idx or 0, _spec(tier, group_idx, block_size, kind, window))
-
-    def _tier(self, medium: str | None) -> CacheTier:
-        tier = self._media.tier_of(medium)
-        if tier is None:
-            raise _BadEvent(RejectReason.MEDIUM, "medium", f"the medium {medium!r} is no known spelling of a tier")
-        return tier
 
     def _tenant(self, event: BlockStored) -> str:
         """The cache salt of a run that starts at the root, else the configured tenant.
@@ -210,41 +157,15 @@ class VllmTranslator:
         return next((key for key in reversed(keys) if isinstance(key, str)), self._options.tenant_id)
 
 
-def _hashes(packed: msgspec.Raw, cut: bool, result: Translation) -> tuple[bytes, ...]:
-    try:
-        hashes, integers = unpack_hashes(packed, cut)
-    except BadHash as bad:
-        raise _BadEvent(RejectReason.BLOCK_HASH, f"block_hashes[{bad.position}]", str(bad)) from None
-    except (ValueError, *UNDECODABLE) as error:
-        detail = f"the block hashes cannot be read: {error}"
-        raise _BadEvent(RejectReason.EVENT_SHAPE, "block_hashes", detail) from None
-    result.hashes += len(hashes)
-    if result.hashes > HASHES_MAX:
-        detail = f"more than {HASHES_MAX} block hashes in one payload"
-        raise _BadEvent(RejectReason.BLOCK_HASH, "block_hashes", detail)
-    if integers:
-        result.facts |= INTEGER_HASHES_SEEN
-    return hashes
-
-
-def _parent(wire_parent: int | bytes | None, cut: bool) -> bytes:
-    if wire_parent is None:
-        return ROOT
-    try:
-        return hash_bytes(wire_parent, cut)
-    except BadHash as bad:
-        raise _BadEvent(RejectReason.BLOCK_HASH, "parent_block_hash", str(bad)) from None
-
-
 def _first_keys(packed: msgspec.Raw) -> list[object]:
-    """The extra keys of the first block of an event. [] for none; raises _BadEvent for what is no list of lists."""
+    """The extra keys of the first block of an event. [] for none; raises BadEvent for what is no list of lists."""
     try:
         if not array_length(packed) or first_item_is_nil(packed):
             return []
         return _decode_first_keys(_decode_keys(packed)[0])
     except (ValueError, *UNDECODABLE) as error:
         detail = f"the extra keys of the first block cannot be read: {error}"
-        raise _BadEvent(RejectReason.EVENT_SHAPE, "extra_keys", detail) from None
+        raise BadEvent(RejectReason.EVENT_SHAPE, "extra_keys", detail) from None
 
 
 def _spec(

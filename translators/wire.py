@@ -35,11 +35,11 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MemoryEr
 _SHOWN_MAX = 64
 
 
-class BlockStored(Struct, tag="BlockStored", tag_field="type"):
-    """Blocks were stored. Fields in the order of the positional form; those after `block_size` came later than 0.9.0.
+class StoredEvent(Struct):
+    """Blocks were stored. The first fields of both engines, in the order of the positional form.
 
-    `block_hashes`, `token_ids` and `extra_keys` stay packed: the first is cut up by `hashes`, of the second only the
-    length matters, the third is nil for nearly every block. A field that is absent is None, or an empty Raw.
+    `block_hashes` and `token_ids` stay packed: the first is cut up by `hashes`, of the second only the length matters.
+    A field that is absent is None, or an empty Raw.
     """
 
     block_hashes: Raw
@@ -48,31 +48,17 @@ class BlockStored(Struct, tag="BlockStored", tag_field="type"):
     block_size: Small
     lora_id: int | None = None
     medium: str | None = None
-    lora_name: str | None = None
-    extra_keys: Raw = Raw()
-    group_idx: Small | None = None
-    kv_cache_spec_kind: str | None = None
-    kv_cache_spec_sliding_window: Small | None = None
 
 
-class BlockRemoved(Struct, tag="BlockRemoved", tag_field="type"):
-    """One copy of each of these blocks was dropped."""
+class RemovedEvent(Struct):
+    """One copy of each of these blocks was dropped. The first fields of both engines."""
 
     block_hashes: Raw
     medium: str | None = None
-    group_idx: Small | None = None
 
 
 class AllBlocksCleared(Struct, tag="AllBlocksCleared", tag_field="type"):
     """The cache was reset."""
-
-
-class PositionalBlockStored(BlockStored, array_like=True, tag="BlockStored"):
-    """BlockStored as an array."""
-
-
-class PositionalBlockRemoved(BlockRemoved, array_like=True, tag="BlockRemoved"):
-    """BlockRemoved as an array."""
 
 
 class PositionalAllBlocksCleared(AllBlocksCleared, array_like=True, tag="AllBlocksCleared"):

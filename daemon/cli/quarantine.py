@@ -16,16 +16,15 @@ import click
 import msgspec
 
 from kvcensus.translators.translation import RejectReason, Translator, TranslatorOptions
-from kvcensus.translators.vllm import VllmTranslator
 
-from ..config import Config, ConfigError, SourceType, load_config
+from ..config import Config, ConfigError, load_config
+from ..engines import TRANSLATORS
 from ..quarantine import WHOLE_PAYLOAD, Entry, KeptEntries, QuarantineError, printable
 from .columns import columns
 from .ending import EXIT_CONFIG, EXIT_IO, EXIT_UNAVAILABLE, Failure
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_TRANSLATORS: dict[str, Callable[[TranslatorOptions], Translator]] = {SourceType.VLLM: VllmTranslator}
 _BYTES_PER_LINE = 16
 _UNREADABLE = (msgspec.DecodeError, ValueError, TypeError, RecursionError, MemoryError)
 
@@ -170,7 +169,7 @@ def _retried(kept: KeptEntries, ids: list[int], config: Config) -> Iterator[Retr
     def translator_of(name: str, engine: str) -> Translator | None:
         source = sources.get(name)
         options = source.translator_options() if source else TranslatorOptions(worker=name)
-        made = _TRANSLATORS.get(source.type if source else engine)
+        made = TRANSLATORS.get(source.type if source else engine)
         return made(options) if made else None
 
     for entry in kept.whole(ids):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from importlib.util import find_spec
 from typing import Annotated
 
 import msgspec
@@ -46,12 +45,6 @@ class SourceType(StrEnum):
 
     VLLM = "vllm"
     SGLANG = "sglang"
-
-
-_TRANSLATORS = {
-    SourceType.VLLM: "kvcensus.translators.vllm",
-    SourceType.SGLANG: "kvcensus.translators.sglang",
-}
 
 
 class OnFence(StrEnum):
@@ -314,8 +307,6 @@ class SourceConfig(_Section, frozen=True):
             msgspec.structs.force_setattr(self, "tokenizer", self.model)
         if not _NAME.fullmatch(self.name):
             raise InvalidValue("name", f"{self.name!r} is not 1 to 200 of the characters A-Z a-z 0-9 . _ : / @ -")
-        if self.type is not SourceType.VLLM and find_spec(_TRANSLATORS[self.type]) is None:
-            raise InvalidValue("type", f"{self.type} is not supported by this version")
         if self.reconnect_max_ms < self.reconnect_min_ms:
             raise InvalidValue("reconnect_max_ms", f"less than reconnect_min_ms ({self.reconnect_min_ms})")
         self._check_replay(endpoint)

@@ -1,4 +1,4 @@
-"""How each release of an engine writes its events down. Field tables: docs/reference/vllm.md.
+"""How each release of an engine writes its events down. Field tables: docs/reference/vllm.md, sglang.md.
 
     batch   [time, events, data-parallel rank]      event   ["BlockStored", …] or {"type": "BlockStored", …}
 

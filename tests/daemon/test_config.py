@@ -19,8 +19,8 @@ from kvcensus.daemon.config import (
     StreamConfig,
     WriterConfig,
 )
-from kvcensus.daemon.config import model as config_model
 from kvcensus.daemon.config.endpoints import Endpoint
+from kvcensus.daemon.engines import TRANSLATORS
 from kvcensus.translators.translation import ClearScope, HashJoin, TranslatorOptions
 
 
@@ -155,11 +155,8 @@ def test_an_ipc_engine_has_two_sockets() -> None:
     assert source("ipc:///run/a", replay_endpoint="ipc:///run/b").replay_endpoint == "ipc:///run/b"
 
 
-def test_a_type_whose_translator_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(config_model._TRANSLATORS, SourceType.SGLANG, "kvcensus.translators.absent")
-    refused("type", "not supported by this version", type=SourceType.SGLANG)
-    monkeypatch.setitem(config_model._TRANSLATORS, SourceType.SGLANG, "kvcensus.translators.vllm")
-    assert source(type=SourceType.SGLANG).type is SourceType.SGLANG
+def test_every_type_has_a_translator() -> None:
+    assert TRANSLATORS.keys() == set(SourceType)
 
 
 def test_reconnection_waits_are_in_order() -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ClearBlocks
+from kvcensus.translators.events import INTEGER_HASHES_SEEN
 from kvcensus.translators.translation import TranslatorOptions
-from kvcensus.translators.vllm import INTEGER_HASHES_SEEN, VllmTranslator
+from kvcensus.translators.vllm import VllmTranslator
 
 from ..captures_reader import Stage, capture_names, load_capture
 from .wire_families import FAMILIES, Family

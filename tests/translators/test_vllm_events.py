@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from kvcensus.backends.model import ROOT, CacheTier, ClearBlocks, GroupKind, GroupSpec, RemoveBlocks, StoreRun
+from kvcensus.translators.events import INTEGER_HASHES_SEEN
 from kvcensus.translators.translation import ClearScope, HashJoin, TranslatorOptions
-from kvcensus.translators.vllm import INTEGER_HASHES_SEEN, VllmTranslator
+from kvcensus.translators.vllm import VllmTranslator
 
 from .wire_families import ARRAYS, CLEARED, MAPS, Event, Family, removed, stored
 
