@@ -12,10 +12,11 @@ from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
+from kvcensus.backends.lmdb.files import suspect
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ClearBlocks, Cursor
 
-from .config import BackendKind, Config, OnFence, OnHole, SourceConfig, StreamConfig
+from .config import BackendKind, Config, OnCorrupt, OnFence, OnHole, SourceConfig, StreamConfig
 from .counters import HttpCounters, QuarantineCounters, WriterCounters
 from .engines import TRANSLATORS
 from .followed import FollowedStream
