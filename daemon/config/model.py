@@ -47,6 +47,13 @@ class SourceType(StrEnum):
     SGLANG = "sglang"
 
 
+class OnCorrupt(StrEnum):
+    """What happens at the start to an index that is damaged."""
+
+    REFUSE = "refuse"
+    REBUILD = "rebuild"
+
+
 class OnFence(StrEnum):
     """What happens to the blocks of a worker that cannot be believed any more."""
 
