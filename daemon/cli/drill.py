@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -14,6 +13,7 @@ from ..drill.drilling import Order, Summary, drill_seeds, impossible, summed
 from ..drill.faults import ABOUT, Fault, UnknownFault, parse_faults
 from ..drill.oracle import Outcome
 from ..drill.stage import Result
+from . import EXIT_INTERRUPTED
 from .columns import columns
 from .ending import Failure, sigterm_ends
 from .progress import progress
@@ -69,21 +69,34 @@ def drill(
         click.echo(f"{fault} is left out: {reason}", err=True)
     order = Order(base, tuple(one for one in faults if one not in skipped), messages, keep, kind, deadline_s)
     results: list[Result] = []
-    with sigterm_ends(), progress("drills", len(numbers)) as advance:
-        for result in drill_seeds(order, numbers, jobs):
-            results.append(result)
-            advance(1)
+    code = 0
+    try:
+        with sigterm_ends(), progress("drills", len(numbers)) as advance:
+            for result in drill_seeds(order, numbers, jobs):
+                results.append(result)
+                if not result.passed:
+                    click.echo(_told(result, keep), err=True)
+                advance(1)
+    except (KeyboardInterrupt, SystemExit):
+        code = EXIT_INTERRUPTED
+        click.echo(f"ended after {len(results)} of {len(numbers)} drills", err=True)
     summary = summed(results)
     if as_json:
         click.echo(
             msgspec.json.format(msgspec.json.encode({"summary": summary, "skipped": skipped, "drills": results}))
         )
     else:
-        _show(summary, results, keep)
-    ctx.exit(1 if summary.diverged else 0)
+        _show(summary)
+    ctx.exit(1 if summary.diverged else code)
 
 
-def _show(summary: Summary, results: Sequence[Result], keep: Path) -> None:
+def _told(result: Result, keep: Path) -> str:
+    bad = [one for one in result.workers if one.outcome in (Outcome.DIVERGED, Outcome.BEHIND)]
+    told = [*result.problems, *(f"{one.worker_id} {one.outcome}: {one.problem} [{one.reason}]" for one in bad)]
+    return f"seed {result.seed}: {'; '.join(told)}; see {keep / f'seed-{result.seed}'}"
+
+
+def _show(summary: Summary) -> None:
     rows = [(fault, str(summary.injected[fault]), ABOUT[fault].what) for fault in Fault if summary.injected.get(fault)]
     click.echo(columns(("INJECTED", "TIMES", ""), rows))
     click.echo()
@@ -96,8 +109,3 @@ def _show(summary: Summary, results: Sequence[Result], keep: Path) -> None:
         f"{summary.drills} drills, {summary.messages} messages, {summary.diverged} diverged; from the last fault to "
         f"the truth {summary.recovery_ms_p50} ms (median), {summary.recovery_ms_max} ms (longest)"
     )
-    for result in results:
-        if not result.passed:
-            bad = [one for one in result.workers if one.outcome in (Outcome.DIVERGED, Outcome.BEHIND)]
-            told = [*result.problems, *(f"{one.worker_id} {one.outcome}: {one.problem} [{one.reason}]" for one in bad)]
-            click.echo(f"seed {result.seed}: {'; '.join(told)}; see {keep / f'seed-{result.seed}'}", err=True)
