@@ -31,6 +31,7 @@ _OWN_WRITER = WriterConfig(queue_max_messages=64)
 
 _OWN_TIMES: dict[str, Any] = {
     "replay_timeout_ms": 400,
+    "probe_ms": 1000,
     "reconnect_min_ms": 20,
     "reconnect_max_ms": 200,
     "heartbeat_ms": 1000,
