@@ -26,6 +26,7 @@ that commit on and are swept later. Numbers are never used twice. The small tabl
 from __future__ import annotations
 
 from struct import Struct
+from struct import error as StructError  # noqa: N812 - an exception, named like one
 from typing import NamedTuple
 
 import msgspec
@@ -109,7 +110,7 @@ def pack_row(child: bytes, entries: list[Entry]) -> bytes:
 
 
 def unpack_row(row: bytes) -> tuple[bytes, list[Entry]]:
-    """The inline child (b"" for none) and the entries of a row."""
+    """The inline child (b"" for none) and the entries of a row. Raises struct.error for a row that was cut."""
     at = 1 + row[0]
     child = row[1:at]
     entries = []
@@ -120,6 +121,8 @@ def unpack_row(row: bytes) -> tuple[bytes, list[Entry]]:
         parent = row[at : at + parent_len] if flags & PARENT_KNOWN else None
         entries.append(Entry(place, scope, copies, index, tokens, at_ms, size, bool(flags & PINNED), parent))
         at += parent_len
+    if at > end:
+        raise StructError("the row ends within an entry")
     return child, entries
 
 
