@@ -188,12 +188,21 @@ class Writer(threading.Thread):
     def _make_room(self) -> None:
         """Apply the clears of the batch that finds no room, and reclaim.
 
-        The batch still has them: cleared twice is cleared once, and what was stored before a clear goes with it.
+        The batch still has them: cleared twice is cleared once, and what was stored before a clear goes with it. Should
+        the process end before the batch is applied, the cursors say that these workers have lost blocks.
         """
         clears = [one for one in self._operations if isinstance(one, ClearBlocks)]
+        cleared = {clear.worker_id for clear in clears}
+        cursors = [
+            msgspec.structs.replace(
+                stream.cursor, trust=Trust.UNTRUSTED, reason="cleared to make room", since_ms=now_ms()
+            )
+            for stream in self._progress
+            if stream.cursor.epoch and stream.cursor.worker_id in cleared
+        ]
         try:
             if clears:
-                self._backend.apply(clears)
+                self._backend.apply(clears, cursors)
         except BackendFull:
             pass
         for _ in range(_ROOM_STEPS):

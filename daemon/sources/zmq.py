@@ -198,12 +198,12 @@ class ZmqIntake(threading.Thread):
         ready = {socket for socket, _ in poller.poll(_POLL_MS)}
         now = monotonic_ms()
         for link in list(self._links.values()):
+            if link.replay is not None and link.replay in ready:
+                self._read_replay(link, now)
             self._read_monitor(link, now)
             if 0 < link.reopen_at_ms <= now:
                 link.reopen()
                 continue
-            if link.replay is not None and link.replay in ready:
-                self._read_replay(link, now)
             if link.live in ready:
                 self._read_live(link, now)
             self._carry_out(link, link.stream.state.tick(now))
@@ -247,7 +247,10 @@ class ZmqIntake(threading.Thread):
         self._flush()
 
     def _read_monitor(self, link: _Link, now: int) -> None:
-        """Connections before messages: the first message of a new connection must find its stream told."""
+        """Connections before messages: the first message of a new connection must find its stream told.
+
+        Without a replay socket nothing can be fetched again, so what the lost connection still brought comes first.
+        """
         while link.monitor.poll(0):
             message = recv_monitor_message(link.monitor)
             if message["event"] == zmq.Event.HANDSHAKE_SUCCEEDED:
@@ -256,7 +259,8 @@ class ZmqIntake(threading.Thread):
             else:
                 if failed := _HANDSHAKE_FAILED.get(message["event"]):
                     self._note_failed_handshake(link, failed)
-                self._read_live(link, now, most=link.options.receive_hwm)
+                if not link.options.replay_endpoint:
+                    self._read_live(link, now, most=link.options.receive_hwm)
                 link.disconnected(now)
                 self._carry_out(link, link.stream.state.disconnected(now))
 

@@ -97,6 +97,7 @@ class Stream:
         self.life_at_ms = now_ms
         self._counters.connected = 1
         self._last_live = None
+        self._held.clear()
         self._attempts = 0
         if self._limits.replay:
             return self._ask(now_ms)
