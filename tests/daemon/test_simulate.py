@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import CacheTier
+from kvcensus.daemon.engines import TRANSLATORS
 from kvcensus.daemon.simulate.cache import CacheOptions, Held
 from kvcensus.daemon.simulate.rank import Rank, RankOptions
 from kvcensus.daemon.simulate.wire import FORMATS
 from kvcensus.translators.translation import ClearScope, TranslatorOptions
-from kvcensus.translators.vllm import VllmTranslator
 
 SMALL = CacheOptions(blocks=96, cpu_blocks=40, window_blocks=2)
 VLLM = [name for name in FORMATS if name.startswith("vllm")]
+SGLANG = [name for name in FORMATS if name.startswith("sglang")]
 
 
 def a_rank(options: RankOptions, seed: int = 0) -> Rank:
@@ -32,10 +33,10 @@ def index_of(backend: MemoryBackend) -> Held:
     return held
 
 
-def follow(rank: Rank, messages: int, clears: ClearScope = ClearScope.ALL) -> None:
+def follow(rank: Rank, messages: int, clears: ClearScope = ClearScope.ALL, engine: str = "vllm") -> None:
     """Translate and apply every message, and compare with the truth now and then."""
     backend = MemoryBackend()
-    translator = VllmTranslator(TranslatorOptions("w", "m", "m", clears=clears))
+    translator = TRANSLATORS[engine](TranslatorOptions("w", "m", "m", clears=clears))
     facts = 0
     unknown = 0
     for number in range(messages):
@@ -55,6 +56,11 @@ def follow(rank: Rank, messages: int, clears: ClearScope = ClearScope.ALL) -> No
 @pytest.mark.parametrize("form", VLLM)
 def test_what_it_reports_is_what_it_holds(form: str, hash_bytes: int) -> None:
     follow(a_rank(RankOptions(form=form, hash_bytes=hash_bytes, cache=SMALL, clear_every=60)), 120)
+
+
+@pytest.mark.parametrize("form", SGLANG)
+def test_a_radix_tree_reports_what_it_holds(form: str) -> None:
+    follow(a_rank(RankOptions(form=form, cache=SMALL, clear_every=60)), 120, engine="sglang")
 
 
 @settings(max_examples=10, deadline=None)

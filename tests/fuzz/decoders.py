@@ -24,6 +24,7 @@ from kvcensus.daemon.frame_queue import FrameQueue, Item
 from kvcensus.daemon.recording import Recording, RecordingError
 from kvcensus.daemon.sources.zmq import ZmqIntake, ZmqOptions
 from kvcensus.daemon.streams.state import StreamLimits
+from kvcensus.translators.sglang import SglangTranslator
 from kvcensus.translators.translation import RejectReason, Translation, TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 
@@ -57,11 +58,12 @@ def captured_payloads() -> list[bytes]:
 
 def translator() -> Target:
     """Garbage becomes operations that keep the backend's contract, or rejections with a known reason."""
-    one = VllmTranslator(_OPTIONS)
+    translators = (VllmTranslator(_OPTIONS), SglangTranslator(_OPTIONS))
 
     def run(payload: bytes) -> None:
-        _check(one.translate(payload, 0), payload)
-        _check(one.translate(payload, 1), payload)
+        for one in translators:
+            _check(one.translate(payload, 0), payload)
+            _check(one.translate(payload, 1), payload)
 
     return Target(captured_payloads(), MSGPACK_LIES, run, packed=True)
 
