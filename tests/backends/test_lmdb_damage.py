@@ -21,7 +21,7 @@ from kvcensus.backends.model import CacheTier, Cursor
 from .building import clear, remove, store
 
 PAGE = 4096
-SEEDS = 80
+SEEDS = 50
 
 LOOK = """
 import json, pathlib, random, sys

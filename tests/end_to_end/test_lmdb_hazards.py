@@ -169,6 +169,47 @@ def test_a_full_disk_is_waited_out(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+MANY_READERS = """
+import pathlib, sys, threading
+from kvcensus.backends.lmdb import LmdbBackend
+directory = pathlib.Path(sys.argv[1])
+backend = LmdbBackend(directory / "data")
+try:
+    with (directory / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+except OSError as error:
+    print(error.strerror, flush=True)
+together = threading.Barrier(200)
+def read():
+    with backend._reader.reading():
+        if together.wait() == 0:
+            print(backend.health().readers)
+        together.wait()
+threads = [threading.Thread(target=read) for _ in range(200)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@as_root
+def test_new_readers_of_an_index_on_a_full_disk_are_no_end_by_a_signal(tmp_path: Path) -> None:
+    """LMDB writes into a mapped table of readers, whose pages a full disk could not give."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        many = subprocess.run(
+            [sys.executable, "-c", MANY_READERS, str(tmp_path)], capture_output=True, text=True, timeout=60
+        )
+        assert many.returncode == 0, (many.returncode, many.stderr[-1000:])
+        full, readers = many.stdout.splitlines()
+        assert full == "No space left on device"
+        assert int(readers) >= 200
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
 # readers
 
 PINNING = """
