@@ -113,7 +113,7 @@ def test_a_foreign_lmdb_file_is_refused_and_left_alone(
 def test_a_file_that_is_no_lmdb_file_is_called_corrupt(tmp_path: Path, content: bytes) -> None:
     file_of(tmp_path).write_bytes(content)
 
-    with pytest.raises(BackendCorrupt, match="is damaged .* mv "):
+    with pytest.raises(BackendCorrupt, match=r"is damaged .* mv "):
         LmdbBackend(tmp_path)
 
     assert file_of(tmp_path).read_bytes() == content
