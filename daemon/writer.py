@@ -21,9 +21,10 @@ from .counters import AppliedCounters, WriterCounters
 from .followed import FollowedStream, now_ms
 from .frame_queue import Barrier, FrameQueue, Item, Retire
 from .logs import get_logger
+from .progress import Progress
 from .quarantine import Quarantine
 from .status import Trust
-from .streams.verdicts import Apply, Fence, NewEpoch, fingerprint
+from .streams.verdicts import Apply, Fence, NewEpoch
 
 _IDLE_WAIT_S = 0.2
 _RETRY_FULL_S = 1.0
@@ -50,50 +51,6 @@ class WriterOptions(msgspec.Struct, frozen=True):
     reclaim_rows: int = 5_000
 
 
-class _Progress:
-    """What a batch makes of a stream's cursor."""
-
-    def __init__(self, cursor: Cursor) -> None:
-        self.cursor = cursor
-        self.payload: bytes | None = None
-        self.engine_ms: list[int] = []
-        self.seq = cursor.seq
-        self.messages = cursor.messages
-        self.stored = cursor.blocks_stored
-        self.removed = cursor.blocks_removed
-        self.facts = cursor.facts
-        self.rank = cursor.rank
-        self.worker_id = cursor.worker_id
-        self.trust = cursor.trust
-        self.reason = cursor.reason
-        self.since_ms = cursor.since_ms
-        self.epoch = cursor.epoch
-        self.fingerprint = cursor.fingerprint
-
-    def set_trust(self, trust: Trust, reason: str) -> None:
-        if trust != self.trust or reason != self.reason:
-            self.trust, self.reason, self.since_ms = trust, reason, now_ms()
-
-    def advanced(self) -> Cursor:
-        return msgspec.structs.replace(
-            self.cursor,
-            epoch=self.epoch,
-            seq=self.seq,
-            fingerprint=self.fingerprint if self.payload is None else fingerprint(self.payload),
-            worker_id=self.worker_id,
-            rank=self.rank,
-            engine_ms=max(self.engine_ms, default=self.cursor.engine_ms),
-            committed_ms=now_ms(),
-            messages=self.messages,
-            blocks_stored=self.stored,
-            blocks_removed=self.removed,
-            trust=self.trust,
-            reason=self.reason,
-            since_ms=self.since_ms,
-            facts=self.facts,
-        )
-
-
 class Writer(threading.Thread):
     """Applies the queue to the backend until the queue is closed and empty."""
 
@@ -107,7 +64,7 @@ class Writer(threading.Thread):
         self._options = options
         self._abandon = False
         self._operations: list[Operation] = []
-        self._progress: dict[FollowedStream, _Progress] = {}
+        self._progress: dict[FollowedStream, Progress] = {}
         self._retired: list[FollowedStream] = []
         self._barriers: list[Barrier] = []
         self._blocks = 0
@@ -189,13 +146,13 @@ class Writer(threading.Thread):
         """Apply the clears of the batch that finds no room, and reclaim.
 
         The batch still has them: cleared twice is cleared once, and what was stored before a clear goes with it. Should
-        the process end before the batch is applied, the cursors say that these workers have lost blocks.
+        the process end before the batch is applied, these streams begin again before their first message.
         """
-        clears = [one for one in self._operations if isinstance(one, ClearBlocks)]
+        clears = [one for one in self._operations if isinstance(one, ClearBlocks) and one.tier is None]
         cleared = {clear.worker_id for clear in clears}
         cursors = [
             msgspec.structs.replace(
-                stream.cursor, trust=Trust.UNTRUSTED, reason="cleared to make room", since_ms=now_ms()
+                stream.cursor, seq=-1, fingerprint=b"", messages=0, blocks_stored=0, blocks_removed=0
             )
             for stream in self._progress
             if stream.cursor.epoch and stream.cursor.worker_id in cleared
@@ -222,13 +179,13 @@ class Writer(threading.Thread):
         elif isinstance(what, Retire):
             self._retire(stream)
 
-    def _progress_of(self, stream: FollowedStream) -> _Progress:
+    def _progress_of(self, stream: FollowedStream) -> Progress:
         progress = self._progress.get(stream)
         if progress is None:
-            progress = self._progress[stream] = _Progress(stream.cursor)
+            progress = self._progress[stream] = Progress(stream.cursor)
         return progress
 
-    def _clear(self, progress: _Progress) -> None:
+    def _clear(self, progress: Progress) -> None:
         if progress.worker_id:
             self._operations.append(ClearBlocks(progress.worker_id))
 
@@ -248,7 +205,7 @@ class Writer(threading.Thread):
         progress.set_trust(Trust.UNTRUSTED, fence.reason)
 
     def _retire(self, stream: FollowedStream) -> None:
-        progress = self._progress.pop(stream, None) or _Progress(stream.cursor)
+        progress = self._progress.pop(stream, None) or Progress(stream.cursor)
         self._clear(progress)
         self._retired.append(stream)
 
@@ -296,9 +253,7 @@ class Writer(threading.Thread):
         if translation.cleared_events:
             events["cleared"] += translation.cleared_events
 
-    def _check_rank(
-        self, stream: FollowedStream, progress: _Progress, translation: Translation, payload: bytes
-    ) -> None:
+    def _check_rank(self, stream: FollowedStream, progress: Progress, translation: Translation, payload: bytes) -> None:
         """A stream is of one rank: the configured one, or that of its first message."""
         if not translation.operations and any(rejection.event is None for rejection in translation.rejections):
             return
@@ -318,7 +273,7 @@ class Writer(threading.Thread):
                 )
             )
 
-    def _reject(self, stream: FollowedStream, progress: _Progress, message: Apply, rejection: Rejection) -> None:
+    def _reject(self, stream: FollowedStream, progress: Progress, message: Apply, rejection: Rejection) -> None:
         seq = message.seq
         stream.applied.rejections[rejection.reason] += 1
         if self._quarantine is not None:

@@ -11,14 +11,10 @@ from .model import (
     LogFormat,
     LogLevel,
     OnCorrupt,
-    OnFence,
-    OnHole,
     QuarantineConfig,
-    SourceConfig,
-    SourceType,
-    StreamConfig,
     WriterConfig,
 )
+from .source import OnFence, OnHole, SourceConfig, SourceType, StreamConfig
 
 __all__ = [
     "EXIT_CONFIG",

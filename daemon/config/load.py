@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from .errors import ConfigError, InvalidValue
-from .model import Config, HttpConfig, IndexConfig, LogConfig, QuarantineConfig, SourceConfig, WriterConfig
+from .model import Config, HttpConfig, IndexConfig, LogConfig, QuarantineConfig, WriterConfig
+from .source import SourceConfig
 from .toml_lines import line_of
 
 ENVIRONMENT_PREFIX = "KVCENSUS__"

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..config import BackendKind, Config
-from ..config.model import OnHole
+from ..config import BackendKind, Config, OnHole
 from .evidence import keep_evidence
 from .faults import Fault
 from .machine import Link, Unavailable, separate_network, small_disk

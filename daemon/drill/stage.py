@@ -12,8 +12,7 @@ import msgspec
 
 from kvcensus.backends.lmdb.files import INDEX_FILE
 
-from ..config import Config
-from ..config.model import OnFence
+from ..config import Config, OnFence
 from ..recording import RecordedMessage
 from ..simulate.engine import SimulatedRank, Truth
 from .daemon import DaemonFailed, DaemonUnderTest

@@ -13,8 +13,17 @@ import msgspec
 from kvcensus.translators.translation import ClearScope, HashJoin
 
 from ..bench.processes import free_port
-from ..config import BackendKind, Config, HttpConfig, LogConfig, SourceConfig
-from ..config.model import LogFormat, LogLevel, SourceType, WriterConfig
+from ..config import (
+    BackendKind,
+    Config,
+    HttpConfig,
+    LogConfig,
+    LogFormat,
+    LogLevel,
+    SourceConfig,
+    SourceType,
+    WriterConfig,
+)
 from ..simulate.cache import CacheOptions
 from ..simulate.engine import EngineOptions, SimulatedEngine
 from ..simulate.rank import RankOptions

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcensus.backends.model import CacheTier
-from kvcensus.daemon.config import Config, load_config
-from kvcensus.daemon.config.model import SourceConfig
+from kvcensus.daemon.config import Config, SourceConfig, load_config
 from kvcensus.daemon.drill.faults import ABOUT, Excuse, Fault, UnknownFault, parse_faults
 from kvcensus.daemon.drill.lies import lie
 from kvcensus.daemon.drill.oracle import Outcome, compare, index_of

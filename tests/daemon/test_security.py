@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvcensus.backends.memory import MemoryBackend
-from kvcensus.daemon.config import HttpConfig, InvalidValue, SourceConfig
-from kvcensus.daemon.config.model import Config
+from kvcensus.daemon.config import Config, HttpConfig, InvalidValue, SourceConfig
 from kvcensus.daemon.counters import HttpRefusal
 from kvcensus.daemon.credentials import read_tokens
 from kvcensus.daemon.http import security
