@@ -3,10 +3,13 @@
 What must always hold: what has been applied since the last clear is one unbroken run of messages of one life of the
 engine, and it begins with the first message of that life unless the worker was fenced. What must hold once the faults
 stop: the run ends with the engine's last message.
+
+KVCENSUS_STREAM_EXAMPLES=10000 makes it a nightly.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 
 from hypothesis import settings
@@ -212,7 +215,8 @@ class StreamMachine(RuleBasedStateMachine):
                 assert len(self.run) == last + 1
 
 
-StreamMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+EXAMPLES = int(os.environ.get("KVCENSUS_STREAM_EXAMPLES", "300"))
+StreamMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None)
 test_a_stream_never_lies_and_always_catches_up = StreamMachine.TestCase
 
 
