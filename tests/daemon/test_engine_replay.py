@@ -328,10 +328,10 @@ def test_endless_play_of_nothing_ends() -> None:
 
 def test_a_stopped_engine_says_so() -> None:
     engine = ReplayedEngine(messages(3))
-    with pytest.raises(RuntimeError, match="does not run"):
+    with pytest.raises(RuntimeError, match="not served"):
         engine.publish()
     engine.start().stop()
-    with pytest.raises(RuntimeError, match="does not run"):
+    with pytest.raises(RuntimeError, match="not served"):
         engine.publish()
 
 
