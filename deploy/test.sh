@@ -3,4 +3,4 @@
 set -eu
 . "$(dirname "$0")/environment.sh"
 set_up "[dev]"
-exec .venv/bin/pytest "$@"
+exec .venv/bin/pytest -n auto "$@"
