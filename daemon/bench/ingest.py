@@ -15,6 +15,7 @@ from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.lmdb.files import INDEX_FILE, MAP_SIZE
 from kvcensus.backends.memory import MemoryBackend
+from kvcensus.backends.model import StoreRun
 from kvcensus.translators.translation import TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 
@@ -67,6 +68,23 @@ def decode_alone(workload: Workload) -> float:
     for payload in workload.messages:
         decode(payload)
     return workload.blocks / (time.perf_counter() - started)
+
+
+def dictionary_alone(workload: Workload) -> float:
+    """Blocks/s of putting the decoded hashes into one dictionary: what an index in memory costs at the least."""
+    translator = VllmTranslator(TranslatorOptions(worker="bench"))
+    runs = [
+        operation.block_hashes
+        for payload in workload.messages
+        for operation in translator.translate(payload, 0).operations
+        if isinstance(operation, StoreRun)
+    ]
+    known: dict[bytes, tuple[bytes, ...]] = {}
+    gc.collect()
+    started = time.perf_counter()
+    for hashes in runs:
+        known.update(dict.fromkeys(hashes, hashes))
+    return len(known) / (time.perf_counter() - started)
 
 
 def frames_to_index(workload: Workload, backend: IndexBackend, options: WriterOptions) -> float:

@@ -16,7 +16,7 @@ from rich.table import Table
 from kvcensus.backends.lmdb import LmdbBackend
 
 from ..bench.frames import make_workload
-from ..bench.ingest import decode_alone, frames_to_index, lmdb_ingest, memory_ingest
+from ..bench.ingest import decode_alone, dictionary_alone, frames_to_index, lmdb_ingest, memory_ingest
 from ..bench.latency import match_in_process, match_over_http
 from ..bench.processes import fed_daemon, rss_mb
 from ..collector import settle_collector
@@ -63,11 +63,12 @@ def _median(figures: list[float]) -> float:
 def _ingest_figures(blocks: int, per_message: int, rounds: int, directory: Path, say: Any) -> dict[str, Any]:
     workload = make_workload(blocks, per_message)
     options = WriterOptions()
-    decode, memory, lmdb, bare = [], [], [], []
+    decode, dictionary, memory, lmdb, bare = [], [], [], [], []
     file_bytes = 0
     for number in range(rounds):
         say(f"ingest, {per_message} blocks a message, in process, round {number + 1} of {rounds}")
         decode.append(decode_alone(workload))
+        dictionary.append(dictionary_alone(workload))
         memory.append(memory_ingest(workload, options))
         result = lmdb_ingest(workload, options, directory)
         lmdb.append(result.blocks_per_s)
@@ -84,6 +85,7 @@ def _ingest_figures(blocks: int, per_message: int, rounds: int, directory: Path,
     return {
         "blocks_per_message": per_message,
         "decode_alone": _median(decode),
+        "dictionary_alone": _median(dictionary),
         "memory": _median(memory),
         "memory_of_decode": _median([a / b for a, b in zip(memory, decode, strict=True)]),
         "bare_puts": _median(bare),
@@ -136,6 +138,7 @@ def _show(results: dict[str, Any]) -> None:
         table.add_column(f"{row['blocks_per_message']} blocks a message", justify="right")
     for label, key, limit in (
         ("typed decoding alone", "decode_alone", None),
+        ("dictionary insertions alone", "dictionary_alone", None),
         ("memory", "memory", ("memory_of_decode", "decoding")),
         ("memory, through sockets", "memory_sockets", ("memory_sockets_of_in_process", "in process")),
         ("bare LMDB puts", "bare_puts", None),

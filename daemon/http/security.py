@@ -96,7 +96,7 @@ class Guard:
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             message = "send the body without Content-Encoding"
             raise RequestRefused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
-        if not request.body_exists:
+        if not request.body_exists or request.content.is_eof():
             return
         try:
             async with asyncio.timeout(self._body_s):
