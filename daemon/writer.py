@@ -146,13 +146,22 @@ class Writer(threading.Thread):
         """Apply the clears of the batch that finds no room, and reclaim.
 
         The batch still has them: cleared twice is cleared once, and what was stored before a clear goes with it. Should
-        the process end before the batch is applied, these streams begin again before their first message.
+        the process end before the batch is applied, these streams begin again before their first message, with nothing
+        to be mistrusted.
         """
         clears = [one for one in self._operations if isinstance(one, ClearBlocks) and one.tier is None]
         cleared = {clear.worker_id for clear in clears}
         cursors = [
             msgspec.structs.replace(
-                stream.cursor, seq=-1, fingerprint=b"", messages=0, blocks_stored=0, blocks_removed=0
+                stream.cursor,
+                seq=-1,
+                fingerprint=b"",
+                messages=0,
+                blocks_stored=0,
+                blocks_removed=0,
+                trust=Trust.FRESH,
+                reason="",
+                since_ms=now_ms(),
             )
             for stream in self._progress
             if stream.cursor.epoch and stream.cursor.worker_id in cleared

@@ -130,12 +130,13 @@ def test_a_full_store_is_cleared_first_and_the_stream_would_begin_again_if_that_
 ) -> None:
     monkeypatch.setattr(writer_module, "_RETRY_FULL_S", 0.0)
     backend, stream = FullAtFirst(), followed()
-    run(backend, stream, NewEpoch(1, "first"), Apply(0, payload(stored(1))))
+    run(backend, stream, NewEpoch(1, "first"), Apply(0, payload(stored(1))), Fence(0, "lost"))
     backend.full = True
     writer = run(backend, stream, Apply(1, payload(CLEARED)), Apply(2, payload(stored(7))))
     ((held, cursor),) = backend.meanwhile
     assert held == 0
     assert (cursor.seq, cursor.messages, cursor.blocks_stored, cursor.fingerprint) == (-1, 0, 0, b"")
+    assert (cursor.trust, cursor.reason) == (Trust.FRESH, "")
     cursor = backend.cursors()["w"]
     assert (cursor.seq, cursor.messages, cursor.blocks_stored) == (2, 3, 2)
     assert {one.key.block_hash for one in backend.snapshot()} == {(7).to_bytes(8, "big")}
