@@ -198,9 +198,10 @@ class ZmqIntake(threading.Thread):
         ready = {socket for socket, _ in poller.poll(_POLL_MS)}
         now = monotonic_ms()
         for link in list(self._links.values()):
+            self._read_monitor(link, now)
             if link.replay is not None and link.replay in ready:
                 self._read_replay(link, now)
-            self._read_monitor(link, now)
+                self._read_monitor(link, now)
             if 0 < link.reopen_at_ms <= now:
                 link.reopen()
                 continue

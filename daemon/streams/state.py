@@ -322,6 +322,9 @@ class Stream:
         return verdicts
 
     def _ask(self, now_ms: int, *, is_probe: bool = False) -> list[Verdict]:
+        if self.applied < 0:
+            # Nothing proves a life: what is held may be of a former one. This replay brings all of the present one.
+            self._held.clear()
         self._attempts += 1
         self._counters.replay_requests += 1
         self._replay = _Replay(self.applied >= 0, is_probe, now_ms + self._limits.replay_timeout_ms)

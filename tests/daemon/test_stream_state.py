@@ -318,3 +318,14 @@ def test_an_answer_or_a_message_is_a_sign_of_life() -> None:
     assert s.life_at_ms == 20_060
     s.live(2, body(2), 20_070)
     assert s.life_at_ms == 20_070
+
+
+def test_messages_held_of_a_former_life_do_not_follow_a_replay_of_the_new_one() -> None:
+    s = stream()
+    s.connected(0)
+    s.live(4, body(4), 1)
+    assert s.tick(1_100) == [AskReplay(0)]
+    for seq in range(4):
+        s.replayed(seq, body(seq, "b"), 1_200)
+    assert s.replay_ended(1_300) == [StopReplay()]
+    assert s.applied == 3
