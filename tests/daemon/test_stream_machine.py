@@ -177,7 +177,8 @@ class StreamMachine(RuleBasedStateMachine):
 
     def answer(self, start: int) -> None:
         self.answers = deque()
-        if self.mute:
+        if self.mute or "disconnected" in self.wire:
+            # The intake looks for lost connections before it reads any answer, so no new life is heard before that.
             return
         found = [message for message in self.ring if message[0] >= start]
         self.answers.extend(message for at, message in enumerate(found) if at not in self.lose_answers)
