@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
+from ..followed import now_ms
 from ..status import DaemonView, StreamStatus, Trust
 
 NO_STREAM = "no stream is configured for this worker"
@@ -40,8 +40,3 @@ class Beliefs:
 def age_ms(status: StreamStatus, at_ms: int) -> int | None:
     """Milliseconds since the stream's last commit, None when there was none."""
     return max(0, at_ms - status.committed_ms) if status.committed_ms else None
-
-
-def now_ms() -> int:
-    """Wall clock in ms since the Unix epoch."""
-    return time.time_ns() // 1_000_000

@@ -10,9 +10,10 @@ from aiohttp import web
 
 from kvcensus.backends.model import Holding
 
+from ..followed import now_ms
 from ..status import DaemonView, StreamStatus, Trust
 from .answers import answer
-from .beliefs import NO_STREAM, age_ms, now_ms
+from .beliefs import NO_STREAM, age_ms
 from .bodies import HeldGroup, Liveness, StreamReport, StreamsAnswer, WorkersAnswer, WorkerState
 
 
