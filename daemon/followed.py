@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from kvcensus.backends.model import Cursor
 from kvcensus.translators.translation import Translator, worker_id_of
 
 from .counters import AppliedCounters, IntakeCounters
 from .status import StreamState, StreamStatus, Trust
+from .streams.bus import WorkerLife
 from .streams.state import Stream, StreamLimits
 
 
-class FollowedStream:
-    """A stream of one publisher and rank.
+class StreamView(Protocol):
+    """What is shown of the state of a stream. `life_at_ms` is when its publisher last gave a sign of life."""
 
-    The intake thread owns `state` and `intake`; the writer thread owns `cursor`, `translator` and `applied`.
+    @property
+    def state(self) -> StreamState: ...
+
+    @property
+    def expects_life(self) -> bool: ...
+
+    life_at_ms: int
+
+
+class Followed:
+    """What the writer and everybody who looks know of a stream: of one publisher and rank.
+
+    The thread that receives owns `intake`; the writer thread owns `cursor`, `translator` and `applied`.
     Every other thread only reads whole values. `rank` is the configured one; the wire may show one where it is None.
-    `engine` is the type of its source. `keeps_fenced`: the blocks of a fenced worker stay, marked untrusted.
+    `worker` is its NAME, default: that of the source. `engine` is the type of its source. `keeps_fenced`: the blocks of
+    a fenced worker stay, marked untrusted.
     """
 
     def __init__(
@@ -27,25 +42,28 @@ class FollowedStream:
         stream: str,
         rank: int | None,
         endpoint: str,
-        limits: StreamLimits,
         translator: Translator,
+        view: StreamView,
+        intake: IntakeCounters,
         cursor: Cursor | None,
+        worker: str = "",
         engine: str = "vllm",
         keeps_fenced: bool = False,
         stale_after_ms: int = 30_000,
         silent_after_ms: int = 300_000,
     ) -> None:
         self.source = source
+        self.worker = worker or source
         self.engine = engine
         self.stream = stream
         self.rank = rank
         self.endpoint = endpoint
         self.translator = translator
-        self.intake = IntakeCounters()
+        self.intake = intake
         self.applied = AppliedCounters()
-        self.state = Stream(limits, self.intake, cursor)
         self.cursor = cursor or Cursor(stream=stream, epoch=0, seq=-1, source=source, rank=rank)
         self.keeps_fenced = keeps_fenced
+        self._view = view
         self._stale_after_ms = stale_after_ms
         self._silent_after_ms = silent_after_ms
         self._opened_at_ms = monotonic_ms()
@@ -54,7 +72,7 @@ class FollowedStream:
 
     def note_state(self) -> StreamState | None:
         """Take over the state for showing. Returns it when it has changed. Called by the intake thread."""
-        state = self.state.state
+        state = self._view.state
         if state is self._shown_state:
             return None
         self._shown_state = state
@@ -71,7 +89,7 @@ class FollowedStream:
             stream=self.stream,
             source=self.source,
             endpoint=self.endpoint,
-            worker_id=cursor.worker_id or worker_id_of(self.source, rank),
+            worker_id=cursor.worker_id or worker_id_of(self.worker, rank),
             rank=rank,
             epoch=cursor.epoch,
             last_seq=cursor.seq,
@@ -98,12 +116,89 @@ class FollowedStream:
             return Trust.UNTRUSTED, cursor.reason, cursor.since_ms
         if state is StreamState.CONNECTING or state is StreamState.DISCONNECTED:
             return Trust.STALE, "no connection to the engine", self._state_since_ms
-        silence_ms = monotonic_ms() - self.state.life_at_ms
-        if silence_ms > self._stale_after_ms and self.state.expects_life:
+        silence_ms = monotonic_ms() - self._view.life_at_ms
+        if silence_ms > self._stale_after_ms and self._view.expects_life:
             return Trust.STALE, "no sign of life from the engine", now_ms() - silence_ms
         if state is StreamState.REPLAYING:
             return Trust.CATCHING_UP, "replaying what was missed", self._state_since_ms
         return Trust.FRESH, "", max(cursor.since_ms, self._state_since_ms)
+
+
+class FollowedStream(Followed):
+    """A stream that is configured, with the state that the thread that receives feeds."""
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        stream: str,
+        rank: int | None,
+        endpoint: str,
+        limits: StreamLimits,
+        translator: Translator,
+        cursor: Cursor | None,
+        engine: str = "vllm",
+        keeps_fenced: bool = False,
+        stale_after_ms: int = 30_000,
+        silent_after_ms: int = 300_000,
+    ) -> None:
+        intake = IntakeCounters()
+        self.state = Stream(limits, intake, cursor)
+        super().__init__(
+            source=source,
+            stream=stream,
+            rank=rank,
+            endpoint=endpoint,
+            translator=translator,
+            view=self.state,
+            intake=intake,
+            cursor=cursor,
+            engine=engine,
+            keeps_fenced=keeps_fenced,
+            stale_after_ms=stale_after_ms,
+            silent_after_ms=silent_after_ms,
+        )
+
+
+class FollowedWorker(Followed):
+    """A stream that a bus brought."""
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        stream: str,
+        rank: int | None,
+        endpoint: str,
+        translator: Translator,
+        life: WorkerLife,
+        cursor: Cursor | None,
+        worker: str,
+        engine: str,
+        keeps_fenced: bool,
+        stale_after_ms: int,
+    ) -> None:
+        self._life = life
+        super().__init__(
+            source=source,
+            stream=stream,
+            rank=rank,
+            endpoint=endpoint,
+            translator=translator,
+            view=life,
+            intake=life.counters,
+            cursor=cursor,
+            worker=worker,
+            engine=engine,
+            keeps_fenced=keeps_fenced,
+            stale_after_ms=stale_after_ms,
+        )
+
+    def _trust(self, cursor: Cursor, state: StreamState) -> tuple[Trust, str, int]:
+        trust, reason, since_ms = super()._trust(cursor, state)
+        if trust is Trust.FRESH and not self._life.proven:
+            return Trust.STALE, "not heard of since the connection was made anew", self._state_since_ms
+        return trust, reason, since_ms
 
 
 def monotonic_ms() -> int:

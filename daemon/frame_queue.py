@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from .followed import FollowedStream
-    from .streams.verdicts import Apply, Fence, NewEpoch
+    from .followed import Followed
+    from .streams.verdicts import Apply, Fence, NewEpoch, Retire
 
 
 class Barrier(msgspec.Struct, frozen=True):
@@ -20,11 +20,14 @@ class Barrier(msgspec.Struct, frozen=True):
     committed: threading.Event
 
 
-class Retire(msgspec.Struct, frozen=True):
-    """The stream is no longer followed: drop what its worker holds, and its cursor."""
+class Advance(msgspec.Struct, frozen=True):
+    """A bus has been read up to `position`. `life` names the stream of its server that this is a position in."""
+
+    position: int
+    life: str
 
 
-Item = tuple["FollowedStream", "Apply | NewEpoch | Fence | Barrier | Retire"]
+Item = tuple["Followed", "Apply | NewEpoch | Fence | Barrier | Retire | Advance"]
 
 _OVERHEAD_BYTES = 128
 
@@ -88,6 +91,10 @@ class FrameQueue:
             self._closed = True
             self._filled.notify_all()
             self._drained.notify_all()
+
+    def has_room(self) -> bool:
+        """Whether `put` would not wait now."""
+        return self._messages < self._max_messages and self._bytes < self._max_bytes
 
     @property
     def closed(self) -> bool:

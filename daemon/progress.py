@@ -30,6 +30,7 @@ class Progress:
         self.since_ms = cursor.since_ms
         self.epoch = cursor.epoch
         self.fingerprint = cursor.fingerprint
+        self.life = cursor.life
 
     def set_trust(self, trust: Trust, reason: str) -> None:
         if trust != self.trust or reason != self.reason:
@@ -52,4 +53,5 @@ class Progress:
             reason=self.reason,
             since_ms=self.since_ms,
             facts=self.facts,
+            life=self.life,
         )

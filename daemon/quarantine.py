@@ -28,7 +28,7 @@ from .counters import DropCause, QuarantineCounters
 from .logs import get_logger
 
 if TYPE_CHECKING:
-    from .followed import FollowedStream
+    from .followed import Followed
     from .streams.verdicts import Apply
 
 QUARANTINE_FILE = "quarantine.sqlite"
@@ -133,7 +133,7 @@ class Quarantine:
         self._again_s = self._trim_s = 0.0
         self.flush()
 
-    def add(self, stream: FollowedStream, rank: int | None, epoch: int, message: Apply, rejection: Rejection) -> None:
+    def add(self, stream: Followed, rank: int | None, epoch: int, message: Apply, rejection: Rejection) -> None:
         """Take what was refused of a message; `flush` writes it. Over the limit of a frame it is cut."""
         raw = message.payload if rejection.event is None else rejection.raw
         field, detail = printable(rejection.field), printable(rejection.detail)

@@ -18,13 +18,13 @@ from kvcensus.backends.model import ApplyResult, ClearBlocks, Cursor, Operation,
 from kvcensus.translators.translation import Rejection, RejectReason, Translation, worker_id_of
 
 from .counters import AppliedCounters, WriterCounters
-from .followed import FollowedStream, now_ms
-from .frame_queue import Barrier, FrameQueue, Item, Retire
+from .followed import Followed, now_ms
+from .frame_queue import Advance, Barrier, FrameQueue, Item
 from .logs import get_logger
 from .progress import Progress
 from .quarantine import Quarantine
 from .status import Trust
-from .streams.verdicts import Apply, Fence, NewEpoch
+from .streams.verdicts import Apply, Fence, NewEpoch, Retire
 
 _IDLE_WAIT_S = 0.2
 _RETRY_FULL_S = 1.0
@@ -64,8 +64,8 @@ class Writer(threading.Thread):
         self._options = options
         self._abandon = False
         self._operations: list[Operation] = []
-        self._progress: dict[FollowedStream, Progress] = {}
-        self._retired: list[FollowedStream] = []
+        self._progress: dict[Followed, Progress] = {}
+        self._retired: list[Followed] = []
         self._barriers: list[Barrier] = []
         self._blocks = 0
         self._muffled: dict[tuple[str, str], tuple[float, int]] = {}
@@ -187,8 +187,11 @@ class Writer(threading.Thread):
             self._barriers.append(what)
         elif isinstance(what, Retire):
             self._retire(stream)
+        elif isinstance(what, Advance):
+            progress = self._progress_of(stream)
+            progress.seq, progress.life = what.position, what.life
 
-    def _progress_of(self, stream: FollowedStream) -> Progress:
+    def _progress_of(self, stream: Followed) -> Progress:
         progress = self._progress.get(stream)
         if progress is None:
             progress = self._progress[stream] = Progress(stream.cursor)
@@ -198,14 +201,15 @@ class Writer(threading.Thread):
         if progress.worker_id:
             self._operations.append(ClearBlocks(progress.worker_id))
 
-    def _begin_epoch(self, stream: FollowedStream, new: NewEpoch) -> None:
+    def _begin_epoch(self, stream: Followed, new: NewEpoch) -> None:
         progress = self._progress_of(stream)
         self._clear(progress)
         progress.epoch, progress.seq, progress.payload, progress.fingerprint = new.epoch, -1, None, b""
+        progress.life = new.life
         progress.messages = progress.stored = progress.removed = progress.facts = 0
         progress.set_trust(Trust.FRESH, "")
 
-    def _fence(self, stream: FollowedStream, fence: Fence) -> None:
+    def _fence(self, stream: Followed, fence: Fence) -> None:
         progress = self._progress_of(stream)
         if not stream.keeps_fenced:
             self._clear(progress)
@@ -213,12 +217,12 @@ class Writer(threading.Thread):
             progress.seq, progress.payload, progress.fingerprint = fence.seq, None, b""
         progress.set_trust(Trust.UNTRUSTED, fence.reason)
 
-    def _retire(self, stream: FollowedStream) -> None:
+    def _retire(self, stream: Followed) -> None:
         progress = self._progress.pop(stream, None) or Progress(stream.cursor)
         self._clear(progress)
         self._retired.append(stream)
 
-    def _apply(self, stream: FollowedStream, message: Apply) -> None:
+    def _apply(self, stream: Followed, message: Apply) -> None:
         progress = self._progress_of(stream)
         payload = message.payload
         translation = stream.translator.translate(payload, progress.facts)
@@ -262,14 +266,14 @@ class Writer(threading.Thread):
         if translation.cleared_events:
             events["cleared"] += translation.cleared_events
 
-    def _check_rank(self, stream: FollowedStream, progress: Progress, translation: Translation, payload: bytes) -> None:
+    def _check_rank(self, stream: Followed, progress: Progress, translation: Translation, payload: bytes) -> None:
         """A stream is of one rank: the configured one, or that of its first message."""
         if not translation.operations and any(rejection.event is None for rejection in translation.rejections):
             return
         rank = translation.rank
         if not progress.worker_id and (stream.rank is None or rank == stream.rank):
             progress.rank = rank
-            progress.worker_id = worker_id_of(stream.source, rank)
+            progress.worker_id = worker_id_of(stream.worker, rank)
         expected = stream.rank if stream.rank is not None else progress.rank
         if rank != expected:
             translation.operations.clear()
@@ -282,7 +286,7 @@ class Writer(threading.Thread):
                 )
             )
 
-    def _reject(self, stream: FollowedStream, progress: Progress, message: Apply, rejection: Rejection) -> None:
+    def _reject(self, stream: Followed, progress: Progress, message: Apply, rejection: Rejection) -> None:
         seq = message.seq
         stream.applied.rejections[rejection.reason] += 1
         if self._quarantine is not None:

@@ -19,9 +19,9 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ..credentials import CredentialError, read_curve_keys
 from ..followed import FollowedStream, monotonic_ms
-from ..frame_queue import Barrier, FrameQueue, Item, Retire
+from ..frame_queue import Barrier, FrameQueue, Item
 from ..logs import get_logger
-from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Verdict
+from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, Retire, StopReplay, Verdict
 
 _END_OF_REPLAY = b"\xff" * 8
 _POLL_MS = 50

@@ -26,7 +26,8 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     """A message for one worker. A message with events of several workers becomes one of these for each.
 
     `worker` is its NAME. `lineage` says who numbers, "" if nobody says; `epoch` counts the lives within it. `seq` is -1
-    without a number. `first` is the number that a life begins with. `engine` says whose payload it is: a type of source.
+    without a number. `first` is the number that a life begins with. `shared`: the lineage numbers the messages of all
+    its workers in one sequence. `engine` says whose payload it is: a type of source.
     """
 
     worker: str
@@ -37,5 +38,6 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     payload: bytes = b""
     control: Control = Control.NONE
     first: int = 0
+    shared: bool = False
     engine: str = ""
     model: str = ""

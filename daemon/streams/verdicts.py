@@ -15,10 +15,14 @@ class Apply(msgspec.Struct, frozen=True, gc=False):
 
 
 class NewEpoch(msgspec.Struct, frozen=True):
-    """The publisher began another life: drop all that its worker holds, then go on from before its first message."""
+    """The publisher began another life: drop all that its worker holds, then go on from before its first message.
+
+    `life` names it, where messages say which one they are of.
+    """
 
     epoch: int
     reason: str
+    life: str = ""
 
 
 class Fence(msgspec.Struct, frozen=True):
@@ -38,7 +42,12 @@ class StopReplay(msgspec.Struct, frozen=True):
     """No answer is awaited any more."""
 
 
+class Retire(msgspec.Struct, frozen=True):
+    """The stream is no longer followed: drop what its worker holds, and its cursor."""
+
+
 Verdict = Apply | NewEpoch | Fence | AskReplay | StopReplay
+BusVerdict = Apply | NewEpoch | Fence | Retire
 
 
 def fingerprint(payload: bytes) -> bytes:
