@@ -18,6 +18,9 @@ MAX_HASH_BYTES = 240
 UNKNOWN_INDEX = None
 """The `block_index` of a block whose place in its chain was never reported."""
 
+UNKNOWN_SCOPE = "?"
+"""The `adapter_id` or `tenant_id` of blocks whose publisher has one and does not send it: neither none nor any."""
+
 
 class CacheTier(StrEnum):
     """Where the bytes of a block lie. A closed set, fastest first."""
@@ -136,7 +139,8 @@ class StoreRun(msgspec.Struct, frozen=True, gc=False):
     hashes: each block takes its place in the chain from another record of the same worker and hash, if there is one.
     `tenant_from_parent`: the event names no tenant, so a run under a known parent belongs to the parent's.
     `token_count` is in tokens per block, `bytes_per_block` in bytes. `count_copies` adds to the `ref_count` of a record
-    that exists; without it such a store only refreshes the record.
+    that exists; without it such a store only refreshes the record. `start_index` is where the publisher says that the
+    first block stands in its chain; it counts for a consecutive run whose parent tells no index.
     """
 
     worker_id: str
@@ -153,6 +157,7 @@ class StoreRun(msgspec.Struct, frozen=True, gc=False):
     tenant_from_parent: bool = False
     count_copies: bool = True
     spec: GroupSpec | None = None
+    start_index: int | None = None
 
 
 class RemoveBlocks(msgspec.Struct, frozen=True, gc=False):
@@ -179,7 +184,8 @@ class Cursor(msgspec.Struct, frozen=True):
 
     `seq` is the last applied sequence number, -1 before the first one of an epoch. `fingerprint` identifies the payload
     of that message. `messages`, `blocks_stored` and `blocks_removed` count what was applied in this epoch.
-    `engine_ms` is the engine's own time of the last message. `facts` is the translator's memory of the stream.
+    `engine_ms` is the engine's own time of the last message. `facts` is the translator's memory of the stream. `life`
+    names what the numbers are of, where messages say it.
     """
 
     stream: str
@@ -198,6 +204,7 @@ class Cursor(msgspec.Struct, frozen=True):
     reason: str = ""
     since_ms: int = 0
     facts: int = 0
+    life: str = ""
 
 
 class ApplyResult(msgspec.Struct):
