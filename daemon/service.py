@@ -97,7 +97,7 @@ class Service:
                 lease_ms=source.lease_ms,
                 tolerate_holes=source.on_hole is OnHole.TOLERATE,
             ),
-            translator=TRANSLATORS[source.type](source.translator_options()),
+            translator=TRANSLATORS[source.type](source.options_of(source.name)),
             cursor=cursor,
             keeps_fenced=source.on_fence is OnFence.KEEP,
             stale_after_ms=source.stale_after_ms,

@@ -168,7 +168,7 @@ def _retried(kept: KeptEntries, ids: list[int], config: Config) -> Iterator[Retr
     @functools.cache
     def translator_of(name: str, engine: str) -> Translator | None:
         source = sources.get(name)
-        options = source.translator_options() if source else TranslatorOptions(worker=name)
+        options = source.options_of(name) if source else TranslatorOptions(worker=name)
         made = TRANSLATORS.get(source.type if source else engine)
         return made(options) if made else None
 

@@ -14,7 +14,8 @@ from .model import (
     QuarantineConfig,
     WriterConfig,
 )
-from .source import OnFence, OnHole, SourceConfig, SourceType, StreamConfig
+from .source import OnHole, SourceConfig, SourceType, StreamConfig
+from .translated import OnFence
 
 __all__ = [
     "EXIT_CONFIG",

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import msgspec
 
-from kvcensus.backends.model import CacheTier
-from kvcensus.translators.translation import ClearScope, HashJoin, TranslatorOptions, worker_id_of
+from kvcensus.translators.translation import worker_id_of
 
 from ..credentials import CredentialError, CurveKeys, open_to_others, read_curve_keys
 from .endpoints import HIGHEST_PORT, Endpoint, ports_overlap
 from .errors import InvalidValue
-from .section import MIB, NotNegative, Positive, PositiveBytes, Section
+from .section import MIB, NotNegative, Positive, PositiveBytes
+from .translated import Translated
 
 _NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,200}")
 _MAX_RANKS = 1024
@@ -25,13 +25,6 @@ class SourceType(StrEnum):
 
     VLLM = "vllm"
     SGLANG = "sglang"
-
-
-class OnFence(StrEnum):
-    """What happens to the blocks of a worker that cannot be believed any more."""
-
-    DROP = "drop"
-    KEEP = "keep"
 
 
 class OnHole(StrEnum):
@@ -51,7 +44,7 @@ class StreamConfig(msgspec.Struct, frozen=True):
     replay_endpoint: str
 
 
-class SourceConfig(Section, frozen=True):
+class SourceConfig(Translated, frozen=True, kw_only=True):
     """One engine: a publisher, or one publisher per data-parallel rank."""
 
     endpoint: str
@@ -78,8 +71,6 @@ class SourceConfig(Section, frozen=True):
     """Requests for the same missing messages before they are given up: an engine may drop some of each reply."""
     hold_max_messages: Positive = 10000
     """Live messages held while a replay runs: as many as an engine keeps. Further ones are asked for again."""
-    on_fence: OnFence = OnFence.DROP
-    """What happens to a worker's blocks when messages are lost for good. `keep`: they stay, marked untrusted."""
     on_hole: OnHole = OnHole.FENCE
     """What a message costs that was never published: its events happened, so `tolerate` may believe too much."""
     probe_ms: Positive = 10000
@@ -100,29 +91,12 @@ class SourceConfig(Section, frozen=True):
     """Certificate with the public key of the CURVE server at the endpoints. "" for none: engines do not speak CURVE."""
     curve_secret_key_file: str = ""
     """Certificate with our own keys, as `kvcensus keys` makes it."""
-    model: str = ""
-    """Model name of the scope: the stream does not say it. Give it when one index serves several models."""
-    tokenizer: str = ""
-    """Tokenizer name of the scope. Default: that of the model."""
-    tenant: str = ""
-    """Tenant of blocks whose event names none (a cache salt does)."""
-    count_copies: bool = True
-    """Count the copies of a block, as vLLM holds and removes them. False with `kv_cache_report_mode="full"`."""
-    clears: ClearScope = ClearScope.ALL
-    """What AllBlocksCleared empties. `device` when an offloading tier outlives a reset of the prefix cache."""
-    hash_join: HashJoin = HashJoin.AUTO
-    """Whether byte hashes are cut to the 64 bits of integer ones: `auto` does once a stream has sent both."""
-    media: dict[str, CacheTier] = msgspec.field(default_factory=dict)
-    """Further spellings of tiers: an unknown one is refused, never guessed."""
-    bytes_per_block: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)] = 0
-    """Size of one block, 0 when unknown: the stream does not say it."""
 
     def __post_init__(self) -> None:
         endpoint = self._endpoint()
         if not self.name:
             msgspec.structs.force_setattr(self, "name", endpoint.default_name())
-        if not self.tokenizer:
-            msgspec.structs.force_setattr(self, "tokenizer", self.model)
+        self.settle_tokenizer()
         if not _NAME.fullmatch(self.name):
             raise InvalidValue("name", f"{self.name!r} is not 1 to 200 of the characters A-Z a-z 0-9 . _ : / @ -")
         if self.reconnect_max_ms < self.reconnect_min_ms:
@@ -207,17 +181,3 @@ class SourceConfig(Section, frozen=True):
             )
             for rank in ranks
         ]
-
-    def translator_options(self) -> TranslatorOptions:
-        """What the translator of each of its streams is told."""
-        return TranslatorOptions(
-            worker=self.name,
-            model_id=self.model,
-            tokenizer_id=self.tokenizer,
-            tenant_id=self.tenant,
-            count_copies=self.count_copies,
-            clears=self.clears,
-            hash_join=self.hash_join,
-            media=self.media,
-            bytes_per_block=self.bytes_per_block,
-        )

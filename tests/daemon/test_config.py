@@ -174,7 +174,7 @@ def test_the_translator_is_told_what_the_wire_does_not_say() -> None:
         media={"WEIRD": CacheTier.LOCAL_SSD},
         bytes_per_block=4096,
     )
-    assert one.translator_options() == TranslatorOptions(
+    assert one.options_of(one.name) == TranslatorOptions(
         worker="engine",
         model_id="m",
         tokenizer_id="m",
@@ -185,7 +185,7 @@ def test_the_translator_is_told_what_the_wire_does_not_say() -> None:
         media={"WEIRD": CacheTier.LOCAL_SSD},
         bytes_per_block=4096,
     )
-    assert source(model="m", tokenizer="other").translator_options().tokenizer_id == "other"
+    assert source(model="m", tokenizer="other").options_of("w").tokenizer_id == "other"
 
 
 @pytest.mark.parametrize(
