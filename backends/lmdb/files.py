@@ -91,8 +91,8 @@ def boot_id() -> str:
     return _BOOT_ID.read_text().strip()
 
 
-def discard_if_machine_crashed(directory: Path) -> bool:
-    """Delete an index that an unsynced writer left when the machine went down. Returns whether it did.
+def discard_if_machine_crashed(directory: Path, file: str = INDEX_FILE) -> bool:
+    """Delete an index, or another `file`, left by an unsynced writer at a machine crash. Returns whether it did.
 
     Without syncing, a machine crash may leave the file corrupt; the HBM and DRAM it tells of died with the machine.
     """
@@ -102,7 +102,7 @@ def discard_if_machine_crashed(directory: Path) -> bool:
         return False
     if boot.clean or boot.durability is not Durability.PROCESS or boot.boot_id == boot_id():
         return False
-    for name in (INDEX_FILE, f"{INDEX_FILE}-lock"):
+    for name in (file, f"{file}-lock"):
         (directory / name).unlink(missing_ok=True)
     return True
 
@@ -190,7 +190,7 @@ def open_writer(directory: Path, durability: Durability, map_size: int) -> tuple
             check_metas(path)
         else:
             note_writer(directory, durability, clean=False)
-        _allocate_lock_file(directory / f"{INDEX_FILE}-lock")
+        allocate_lock_file(directory / f"{INDEX_FILE}-lock")
         env = lmdb.open(
             str(path),
             subdir=False,
@@ -263,7 +263,7 @@ def _open_read_only(path: Path, lock: bool) -> lmdb.Environment:
     return env
 
 
-def _allocate_lock_file(path: Path) -> None:
+def allocate_lock_file(path: Path) -> None:
     """LMDB maps this file and writes to it: on a full disk a page that is not there yet would be a SIGBUS."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

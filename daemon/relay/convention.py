@@ -1,7 +1,7 @@
 """What a relayed message looks like on the bus: its subject, its headers, and what they say. Pure.
 
-The specification is docs/reference/relay.md. Subjects are PREFIX.MODEL.WORKER.RANK. Every header is optional for whoever
-else relays: what they do not say, the subject does. The body is the engine's payload, untouched.
+The specification is docs/reference/relay.md. Subjects are PREFIX.MODEL.WORKER.RANK. Whoever else relays may leave
+headers out: what they do not say, the subject does. The body is the engine's payload, untouched.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _NOT_IN_VALUE = re.compile(rb"[^!-$&-~]")
 _LINEAGE = re.compile(r"[!-~]{1,128}")
 
 
-class Address(msgspec.Struct, frozen=True):
+class Address(msgspec.Struct, frozen=True, array_like=True):
     """Whose message it is. `worker` is its NAME, not empty; `model` is "" when nobody configured one."""
 
     worker: str
