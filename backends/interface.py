@@ -10,8 +10,8 @@ The contract, which one conformance suite holds every backend to:
   run does not know (its parent, its index; a token count, size or time of 0) never overwrites what the record knows.
   A removal takes one copy of each record it concerns, whatever its scope; a record leaves with its last copy.
 * The place of a run in its chain comes from the worker's own record of the parent: same group, own tier first, then the
-  fastest tier, then the smallest scope. No such record: the index is unknown, which is not 0. A record of the parent in
-  another group tells the tenant and not the index.
+  fastest tier, then the smallest scope. A record of the parent in another group tells the tenant and not the index.
+  Where no record tells the index it is the run's own `start_index`; without one it is unknown, which is not 0.
 * A block of a run that is not consecutive takes scope, parent and index from the worker's own record of the same hash,
   chosen in the same order; parent and index only if its token count is the same or was not told.
 * Every record is among the children of its parent, whether or not the parent is held.

@@ -244,20 +244,22 @@ class MemoryBackend(IndexBackend):
     def _chain_of(self, run: StoreRun, place: Place) -> tuple[IdentityScope, int | None]:
         """The scope of a run and the index of its first block, from the worker's own record of the parent."""
         if run.parent is None:
-            return run.scope, None
+            return run.scope, run.start_index
         if run.parent == ROOT:
             return run.scope, 0
         known = place.blocks.get(run.parent)
         if isinstance(known, Run) and known.scope == run.scope:
-            return run.scope, known.index_after(run.parent)
+            return run.scope, run.start_index if known.base is None else known.index_after(run.parent)
         found = self._own_record(run, run.parent)
         if found is None:
-            return run.scope, None
+            return run.scope, run.start_index
         place, own = found
         scope = run.scope
         if run.tenant_from_parent and own.scope.tenant_id != scope.tenant_id:
             scope = IdentityScope(scope.model_id, scope.tokenizer_id, scope.adapter_id, own.scope.tenant_id)
-        return scope, None if place.group != run.group or own.block_index is None else own.block_index + 1
+        if place.group != run.group or own.block_index is None:
+            return scope, run.start_index
+        return scope, own.block_index + 1
 
     def _own_record(self, run: StoreRun, block_hash: bytes) -> tuple[Place, Record] | None:
         """The worker's record of a block that says most about a run: same group, then own tier, then the fastest."""

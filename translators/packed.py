@@ -42,7 +42,13 @@ def first_item_is_nil(packed: msgspec.Raw) -> bool:
     return data[array_header(data)[1]] == NIL
 
 
-def is_map(packed: msgspec.Raw) -> bool:
+def is_array(packed: bytes | msgspec.Raw) -> bool:
+    """Whether the value is a msgpack array."""
+    mark = bytes(packed)[0]
+    return _FIXARRAY <= mark <= _FIXARRAY + _FIXARRAY_ITEMS_MAX or mark in (_ARRAY16, _ARRAY32)
+
+
+def is_map(packed: bytes | msgspec.Raw) -> bool:
     """Whether the value is a msgpack map."""
     mark = bytes(packed)[0]
     return mark in (_MAP16, _MAP32) or _FIXMAP <= mark < _FIXARRAY

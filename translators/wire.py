@@ -132,13 +132,13 @@ class WireDecoder(Generic[EventT]):
         try:
             envelope = _decode_envelope(payload)
         except UNDECODABLE as error:
-            detail, path = _explained(error)
+            detail, path = explained(error)
             field = _named(path, ("ts", "events", "data_parallel_rank"))
             return Rejection(RejectReason.PAYLOAD, f"the payload is no batch of events: {detail}", field, raw=payload)
         try:
             rank = _decode_rank(envelope.rank)
         except UNDECODABLE as error:
-            detail, _ = _explained(error)
+            detail, _ = explained(error)
             return Rejection(
                 RejectReason.RANK, f"the payload has no valid rank: {detail}", "data_parallel_rank", raw=payload
             )
@@ -150,7 +150,7 @@ class WireDecoder(Generic[EventT]):
             event: EventT = self._map_event(raw) if in_map else self._array_event(raw)
             return event
         except UNDECODABLE as error:
-            detail, path = _explained(error)
+            detail, path = explained(error)
         at = f"events[{position}]"
         event_type = _type_of(raw, in_map)
         if event_type is None:
@@ -183,7 +183,7 @@ _MISSING = re.compile(r"missing required field `(\w+)`")
 _INDEX = re.compile(r"\[(\d+)\](.*)", re.DOTALL)
 
 
-def _explained(error: BaseException) -> tuple[str, str]:
+def explained(error: BaseException) -> tuple[str, str]:
     """What a decoding error says, and the path that it names, as in `.medium` or `[6]`; "" for none."""
     detail = str(error)
     missing = _MISSING.search(detail)

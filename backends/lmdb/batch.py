@@ -152,23 +152,23 @@ class Batch:
         scope = self._catalog.scope_number(self._txn, run.scope)
         parent = run.parent
         if not parent:
-            return scope, 0 if parent == ROOT else -1
+            return scope, 0 if parent == ROOT else _told_index(run)
         key = LENGTH[len(parent)] + parent + ROW
         row = self._overlay.rows[key]
         if row is None:
-            return scope, -1
+            return scope, _told_index(run)
         sole_place, sole_scope, index = sole_holder(row)
         if sole_place == place and sole_scope == scope:
-            return scope, index + 1 if index >= 0 else -1
+            return scope, index + 1 if index >= 0 else _told_index(run)
         own = self._own_entry(run, key)
         if own is None:
-            return scope, -1
+            return scope, _told_index(run)
         if run.tenant_from_parent and own.scope != scope:
             wanted, tenant = run.scope, self._catalog.scopes.scope(self._txn, own.scope).tenant_id
             wanted = IdentityScope(wanted.model_id, wanted.tokenizer_id, wanted.adapter_id, tenant)
             scope = self._catalog.scope_number(self._txn, wanted)
         same_group = self._catalog.rows[own.place].group == run.group
-        return scope, own.block_index + 1 if same_group and own.block_index >= 0 else -1
+        return scope, own.block_index + 1 if same_group and own.block_index >= 0 else _told_index(run)
 
     def _own_entry(self, run: StoreRun, key: bytes) -> Entry | None:
         """The worker's entry of a block that says most about a run: same group, then own tier, then the fastest."""
@@ -370,6 +370,10 @@ class Batch:
         if gone or new:
             self._write_entries(key, block_hash, child, old, kept + new)
         return len(gone)
+
+
+def _told_index(run: StoreRun) -> int:
+    return -1 if run.start_index is None else run.start_index
 
 
 def _merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:

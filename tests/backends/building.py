@@ -43,6 +43,7 @@ def store(
     tenant_from_parent: bool = False,
     count_copies: bool = True,
     spec: GroupSpec | None = None,
+    start_index: int | None = None,
 ) -> StoreRun:
     return StoreRun(
         worker,
@@ -59,6 +60,7 @@ def store(
         tenant_from_parent,
         count_copies,
         spec,
+        start_index,
     )
 
 

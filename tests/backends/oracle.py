@@ -172,17 +172,17 @@ class Oracle:
 
     def _chain(self, run: StoreRun) -> tuple[IdentityScope, int | None]:
         if run.parent is None:
-            return run.scope, None
+            return run.scope, run.start_index
         if run.parent == ROOT:
             return run.scope, 0
         own = self._own(run, run.parent)
         if own is None:
-            return run.scope, None
+            return run.scope, run.start_index
         scope = run.scope
         if run.tenant_from_parent:
             scope = IdentityScope(scope.model_id, scope.tokenizer_id, scope.adapter_id, own.scope.tenant_id)
         index = self.records[own].index
-        return scope, None if own.group != run.group or index is None else index + 1
+        return scope, run.start_index if own.group != run.group or index is None else index + 1
 
     def _own(self, run: StoreRun, block_hash: bytes) -> Identity | None:
         """The worker's own record of a block: same group first, then own tier, then the fastest tier."""

@@ -302,6 +302,34 @@ def test_a_cleared_parent_leaves_the_index_unknown(backend: IndexBackend) -> Non
     assert only(backend.find(B)).key.block_index is None
 
 
+@pytest.mark.parametrize("parent", [None, E])
+def test_where_no_parent_tells_the_index_the_run_s_own_word_counts(backend: IndexBackend, parent: bytes | None) -> None:
+    backend.apply([store(A, B, parent=parent, start_index=7), store(C, parent=B)])
+
+    assert [only(backend.find(one)).key.block_index for one in (A, B, C)] == [7, 8, 9]
+    assert only(backend.find(A)).key.prefix_hash == parent
+
+
+@pytest.mark.parametrize("elsewhere", [{"worker": "other"}, {"group": 1}, {"parent": E}, {"parent": E, "tier": DRAM}])
+def test_a_parent_that_cannot_tell_leaves_it_to_the_run_s_own_word(
+    backend: IndexBackend, elsewhere: dict[str, object]
+) -> None:
+    backend.apply([store(A, **elsewhere), store(B, parent=A, start_index=7)])  # type: ignore[arg-type]
+    assert only(backend.find(B)).key.block_index == 7
+
+
+def test_the_root_and_a_known_parent_know_better_than_the_run(backend: IndexBackend) -> None:
+    backend.apply([store(A, B, start_index=7), store(C, parent=B, start_index=7)])
+    backend.apply([store(D, parent=C, tier=DRAM, start_index=7)])
+
+    assert [only(backend.find(one)).key.block_index for one in (A, B, C, D)] == [0, 1, 2, 3]
+
+
+def test_bare_hashes_have_no_index_of_their_own(backend: IndexBackend) -> None:
+    backend.apply([store(A, parent=None, consecutive=False, start_index=7)])
+    assert only(backend.find(A)).key.block_index is None
+
+
 def test_bare_hashes_take_their_place_from_a_sibling_record(backend: IndexBackend) -> None:
     backend.apply([store(A, B, scope=LORA, tokens=16)])
 

@@ -85,6 +85,7 @@ def stores(draw: st.DrawFn) -> StoreRun:
         tenant_from_parent=draw(st.booleans()),
         count_copies=draw(st.sampled_from([True, True, False])),
         spec=SPECS[worker, group] if draw(st.booleans()) else None,
+        start_index=draw(st.sampled_from([None, None, 0, 5])),
     )
 
 
