@@ -259,9 +259,9 @@ class Spool:
         return losses
 
     def make_room(self) -> list[Loss]:
-        """Drop the older half, for a file or a disk that has no room. Raises as `commit`."""
+        """Drop the oldest eighth, for a file or a disk that has no room. Raises as `commit`."""
         with self._writing() as txn:
-            size, losses = self._drop(txn, self._size, self._size.bytes // 2)
+            size, losses = self._drop(txn, self._size, self._size.bytes * _KEEP_EIGHTHS // 8)
         self._size = size
         return losses
 

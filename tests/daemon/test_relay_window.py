@@ -1,0 +1,152 @@
+"""What is on its way: in order, again from the first that failed, and never beyond its limits."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcensus.daemon.relay.convention import Address
+from kvcensus.daemon.relay.spool import Position, Record
+from kvcensus.daemon.relay.window import Window
+from kvcensus.daemon.streams.delivery import Control
+
+ADDRESSES = (Address("a", None), Address("b", 3))
+SIZE = 100
+
+
+def record(key: int) -> Record:
+    return Record(ADDRESSES[key % 2], 1, key, Control.NONE, key)
+
+
+def window(most: int = 8, most_bytes: int = 1 << 20) -> Window:
+    opened = Window(most, most_bytes, 1000)
+    send(opened, 1)
+    opened.acknowledge(1)
+    return opened
+
+
+def send(into: Window, key: int, now_ms: int = 0) -> int:
+    return into.send(key, record(key), SIZE, now_ms)
+
+
+def test_records_are_done_in_order_whatever_the_order_of_their_answers() -> None:
+    flight = window()
+    two, three, four = (send(flight, key) for key in (2, 3, 4))
+    assert flight.acknowledge(three) == []
+    assert [done.key for done in flight.acknowledge(two)] == [2, 3]
+    assert flight.through == 3
+    (done,) = flight.acknowledge(four)
+    assert (done.stream, done.position, done.spooled_at_ms) == ("a", Position(1, 4), 4)
+
+
+def test_the_next_record_follows_the_last_one_sent() -> None:
+    flight = window()
+    send(flight, 2)
+    send(flight, 9)
+    assert (flight.after, flight.through, flight.in_flight) == (9, 1, 2)
+
+
+def test_it_holds_no_more_than_its_limits() -> None:
+    flight = window(most=3, most_bytes=250)
+    assert flight.room() == (3, 250)
+    send(flight, 2)
+    send(flight, 3)
+    assert flight.room() == (1, 50)
+    send(flight, 4)
+    assert flight.room() == (0, -50)
+
+
+def test_after_a_failure_one_record_goes_alone_until_it_is_acknowledged() -> None:
+    flight = window()
+    two, three = send(flight, 2), send(flight, 3)
+    assert flight.retreat().records == 2
+    assert (flight.after, flight.room()[0]) == (1, 1)
+    again = send(flight, 2)
+    assert flight.room()[0] == 0
+    assert flight.acknowledge(two) == flight.acknowledge(three) == []
+    assert flight.answered(two) is None
+    assert [done.key for done in flight.acknowledge(again)] == [2]
+    assert flight.room()[0] == 8
+
+
+def test_it_is_overdue_by_the_first_record_without_an_answer() -> None:
+    flight = window()
+    assert not flight.overdue(1 << 40)
+    send(flight, 2, now_ms=0)
+    send(flight, 3, now_ms=900)
+    assert not flight.overdue(1000)
+    assert flight.overdue(1001)
+
+
+def test_what_the_server_took_before_what_it_lost_is_counted_by_stream() -> None:
+    flight = window()
+    tokens = {key: send(flight, key) for key in range(2, 8)}
+    for key in (3, 4, 6):
+        flight.acknowledge(tokens[key])
+    retreat = flight.retreat()
+    assert retreat.records == 6
+    assert retreat.overtaken == {"a": 2}, "4 and 6 of a came before 2; 3 of b came before nothing of b that was lost"
+
+
+class Wire:
+    """A connection that delivers in order up to where it breaks, and a server that keeps what it has not had yet."""
+
+    def __init__(self, most: int, last: int) -> None:
+        self.flight = Window(most, 1 << 20, 10)
+        self.last = last
+        self.stored: list[int] = []
+        self.now_ms = 0
+        self._under_way: deque[tuple[int, int]] = deque()
+        self._answers: deque[int] = deque()
+
+    def send(self) -> None:
+        if self.flight.room()[0] > 0 and self.flight.after < self.last:
+            key = self.flight.after + 1
+            self._under_way.append((send(self.flight, key, self.now_ms), key))
+
+    def take(self) -> None:
+        if self._under_way:
+            token, key = self._under_way.popleft()
+            if key not in self.stored:
+                self.stored.append(key)
+            self._answers.append(token)
+
+    def answer(self) -> None:
+        if self._answers:
+            self.flight.acknowledge(self._answers.popleft())
+
+    def lose_answer(self) -> None:
+        if self._answers:
+            self._answers.popleft()
+
+    def lose_connection(self) -> None:
+        self._under_way.clear()
+        self._answers.clear()
+        self.flight.retreat()
+
+    def time_out(self) -> None:
+        if self.flight.overdue(self.now_ms):
+            self.flight.retreat()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["send", "take", "answer", "lose_answer", "lose_connection", "time_out"]), max_size=150),
+    st.integers(1, 5),
+)
+def test_whatever_is_lost_the_server_gets_everything_and_in_order(steps: list[str], most: int) -> None:
+    wire = Wire(most, last=30)
+    for step in steps:
+        wire.now_ms += 1
+        getattr(wire, step)()
+        assert wire.flight.in_flight <= most
+        assert wire.stored == list(range(1, len(wire.stored) + 1))
+        assert wire.flight.through <= len(wire.stored)
+    for _ in range(20 * wire.last):
+        wire.now_ms += 1
+        for step in ("send", "take", "answer", "time_out"):
+            getattr(wire, step)()
+    assert wire.flight.through == wire.last
+    assert wire.stored == list(range(1, wire.last + 1))
