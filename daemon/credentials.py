@@ -54,7 +54,7 @@ def read_tokens(path: str) -> Tokens:
     Raises CredentialError, also when there is none.
     """
     tokens = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_secret(path).splitlines(), 1):
         token = line.strip()
         if not token or token.startswith(b"#"):
             continue
@@ -78,9 +78,9 @@ def server_tls(certificate: str, key: str, client_ca: str) -> ssl.SSLContext:
 
 def load_tls(context: ssl.SSLContext, certificate: str, key: str, client_ca: str) -> None:
     """Read the files of `server_tls`, for the connections to come. Raises CredentialError."""
-    if b"-----BEGIN CERTIFICATE-----" not in _read(certificate):
+    if b"-----BEGIN CERTIFICATE-----" not in read_secret(certificate):
         raise CredentialError(certificate, "has no PEM certificate in it")
-    if b"PRIVATE KEY-----" not in _read(key):
+    if b"PRIVATE KEY-----" not in read_secret(key):
         raise CredentialError(key, "has no PEM private key in it")
 
     def ask_nobody() -> str:
@@ -93,7 +93,7 @@ def load_tls(context: ssl.SSLContext, certificate: str, key: str, client_ca: str
             raise CredentialError(key, f"is not the key of the certificate in {certificate}") from error
         raise CredentialError(f"{certificate}, {key}", f"cannot be used: {error.reason or error}") from error
     if client_ca:
-        _read(client_ca)
+        read_secret(client_ca)
         try:
             context.load_verify_locations(client_ca)
         except ssl.SSLError as error:
@@ -125,7 +125,7 @@ def read_curve_keys(server_key_file: str, secret_key_file: str) -> CurveKeys:
 
 def _curve_keys_of(path: str) -> dict[str, bytes]:
     try:
-        text = _read(path).decode()
+        text = read_secret(path).decode()
     except UnicodeDecodeError as error:
         raise CredentialError(path, "is no text") from error
     found = dict(_CURVE_KEY.findall(text))
@@ -158,7 +158,8 @@ def versions(paths: Sequence[str]) -> Version:
     return tuple(found)
 
 
-def _read(path: str | Path) -> bytes:
+def read_secret(path: str | Path) -> bytes:
+    """The bytes of a small file. Raises CredentialError."""
     try:
         with open(path, "rb") as file:
             text = file.read(_MAX_FILE_BYTES + 1)

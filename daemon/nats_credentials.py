@@ -1,0 +1,121 @@
+"""What proves to a NATS server who we are, read from files: credentials, nkeys, passwords, tokens, TLS.
+
+As in `credentials`, nothing that is read here is logged or part of an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import ssl
+from datetime import UTC, datetime
+
+import msgspec
+
+from .credentials import CredentialError, load_tls, read_secret
+
+_JWT = re.compile(rb"-+BEGIN NATS USER JWT-+\s+([A-Za-z0-9_.=-]+)\s+-+END NATS USER JWT-+")
+_SEED = re.compile(rb"-+BEGIN USER NKEY SEED-+\s+(SU[A-Z2-7]+)\s+-+END USER NKEY SEED-+")
+_BARE_SEED = re.compile(rb"^(S[A-Z2-7]{50,})\s*$", re.MULTILINE)
+_LINE_MAX_BYTES = 4096
+
+
+class UserCredentials(msgspec.Struct, frozen=True):
+    """A user's JWT and the seed of its key. `expires_s` is in seconds since the Unix epoch, 0 for never."""
+
+    jwt: bytes
+    seed: bytes
+    expires_s: int
+
+    def __repr__(self) -> str:
+        return "UserCredentials(…)"
+
+    def sign(self, nonce: str) -> bytes:
+        """The signature that a server asks for, in base64."""
+        return base64.b64encode(_sign(self.seed, nonce))
+
+    def token(self) -> bytes:
+        """The JWT, as nats-py asks for it."""
+        return self.jwt
+
+
+class _Claims(msgspec.Struct):
+    exp: int = 0
+
+
+def read_user_credentials(path: str) -> UserCredentials:
+    """A credentials file as `nsc generate creds` writes it. Raises CredentialError."""
+    text = read_secret(path)
+    jwt, seed = _JWT.search(text), _SEED.search(text)
+    if jwt is None or seed is None:
+        raise CredentialError(path, "is no credentials file of NATS: it has no user JWT, or no user nkey seed")
+    _check_seed(path, seed[1])
+    return UserCredentials(jwt[1], seed[1], _expiry(jwt[1]))
+
+
+def read_nkey_seed(path: str) -> str:
+    """The seed of a user's nkey, alone on a line, as `nk -gen user` prints it. Raises CredentialError."""
+    found = _BARE_SEED.search(read_secret(path))
+    if found is None:
+        raise CredentialError(path, "has no nkey seed in it: a line that begins with SU")
+    _check_seed(path, found[1])
+    return found[1].decode()
+
+
+def read_secret_line(path: str) -> str:
+    """A password or a token: the only line of a file. Raises CredentialError."""
+    try:
+        text = read_secret(path).decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise CredentialError(path, "is no text") from error
+    if not text:
+        raise CredentialError(path, "is empty")
+    if "\n" in text or len(text) > _LINE_MAX_BYTES:
+        raise CredentialError(path, f"is not one line of at most {_LINE_MAX_BYTES} characters")
+    return text
+
+
+def client_tls(ca: str, certificate: str, key: str) -> ssl.SSLContext:
+    """A client's context, TLS 1.2 and later. `ca` "": the authorities of the system. Raises CredentialError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not ca:
+        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    else:
+        read_secret(ca)
+        try:
+            context.load_verify_locations(ca)
+        except ssl.SSLError as error:
+            raise CredentialError(ca, f"has no usable PEM certificate in it: {error.reason or error}") from error
+    if certificate:
+        load_tls(context, certificate, key, "")
+    return context
+
+
+def when(seconds: int) -> str:
+    """A time for a sentence."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _expiry(jwt: bytes) -> int:
+    """When a JWT ends. The server checks it; this is only to say so."""
+    try:
+        body = jwt.split(b".")[1]
+        return msgspec.json.decode(base64.urlsafe_b64decode(body + b"=" * (-len(body) % 4)), type=_Claims).exp
+    except (IndexError, ValueError, msgspec.DecodeError):
+        return 0
+
+
+def _check_seed(path: str, seed: bytes) -> None:
+    import nkeys  # type: ignore[import-untyped]
+
+    try:
+        nkeys.from_seed(bytearray(seed))
+    except Exception as error:
+        raise CredentialError(path, "has an nkey seed with a mistake in it") from error
+
+
+def _sign(seed: bytes, nonce: str) -> bytes:
+    import nkeys
+
+    return bytes(nkeys.from_seed(bytearray(seed)).sign(nonce.encode()))
