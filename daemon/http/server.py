@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 from ..config import HttpConfig
+from ..counters import HttpCounters
 from ..credentials import CredentialError
 from ..status import DaemonView
 from .app import make_app
@@ -16,16 +19,16 @@ _LINGER_S = 2.0
 """How long the rest of a refused body is read, so that the client sees the answer."""
 
 
-class HttpServer:
-    """Serves `view` in the running event loop. Stop it before the backend is closed."""
+class GuardedServer:
+    """Serves an application in the running event loop, behind the guard that it is made with."""
 
-    def __init__(self, view: DaemonView, config: HttpConfig) -> None:
+    def __init__(self, make: Callable[[Guard], web.Application], config: HttpConfig, counters: HttpCounters) -> None:
         """Raises CredentialError."""
         self._config = config
-        self._counters = view.http_counters
-        self._guard = Guard(config, self._counters)
+        self._counters = counters
+        self._guard = Guard(config, counters)
         self._runner = web.AppRunner(
-            make_app(view, config, self._guard),
+            make(self._guard),
             handle_signals=False,
             access_log=None,
             shutdown_timeout=_SHUTDOWN_S,
@@ -50,5 +53,13 @@ class HttpServer:
         return bound[0], bound[1]
 
     async def stop(self) -> None:
-        """Answer nothing more, and wait until nothing reads the backend."""
+        """Answer nothing more, and wait until every answer has ended."""
         await self._runner.cleanup()
+
+
+class HttpServer(GuardedServer):
+    """Serves `view` in the running event loop. Stop it before the backend is closed."""
+
+    def __init__(self, view: DaemonView, config: HttpConfig) -> None:
+        """Raises CredentialError."""
+        super().__init__(lambda guard: make_app(view, config, guard), config, view.http_counters)

@@ -39,7 +39,7 @@ class StreamSpoolCounters:
         """Records, control records included, that the bus has."""
         self.dropped = dict.fromkeys(DropCause, 0)
         """Messages with a payload that were given up."""
-        self.reordered = 0
+        self.overtaken = 0
         """Records that the server had taken before one that it lost."""
 
 

@@ -364,7 +364,7 @@ class Publisher(threading.Thread):
         for name, count in retreat.overtaken.items():
             stream = self._streams.get(name)
             if stream is not None:
-                stream.counters.reordered += count
+                stream.counters.overtaken += count
             log.warning(
                 "records_overtaken",
                 worker=name,

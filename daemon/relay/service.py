@@ -1,0 +1,172 @@
+"""The running relay: engines, spool and bus, wired together and ended by a stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from kvcensus.backends.model import Cursor
+
+from ..config import Config, OnHole, SourceConfig, StreamConfig
+from ..counters import HttpCounters
+from ..engines import ENGINE_TRANSLATORS
+from ..followed import FollowedStream
+from ..frame_queue import FrameQueue
+from ..logs import get_logger
+from ..sources.zmq import ZmqIntake, ZmqOptions
+from ..status import Readiness
+from ..streams.state import StreamLimits
+from .connection import connector
+from .convention import Address
+from .metrics import install
+from .publisher import Publisher, PublisherOptions
+from .spool import Spool
+from .spooler import SpooledStream, Spooler
+from .stream import RelayStream, StreamOptions
+
+log = get_logger("relay")
+
+
+class RelayService:
+    """The relay without its HTTP side. One thread starts and stops it; any thread may look at it."""
+
+    def __init__(self, config: Config) -> None:
+        """Opens the spool. Raises the errors of `backends.errors`."""
+        self.config = config
+        relay = config.relay
+        self.registry = CollectorRegistry()
+        self.http_counters = HttpCounters()
+        self.spool = Spool(Path(relay.spool_dir), relay.spool_max_bytes)
+        if self.spool.discarded_after_crash:
+            log.warning("spool_discarded", reason="the machine went down while it was written without syncing")
+        self.streams = self._streams(self.spool.cursors())
+        self._queue = FrameQueue(config.writer.queue_max_messages, config.writer.queue_max_bytes)
+        self._intake = ZmqIntake(self._queue)
+        self.spooler = Spooler(self.spool, self._queue, self.streams, lambda: self.publisher.wake())
+        self.publisher = Publisher(
+            self.spool,
+            self.spooler,
+            self.streams,
+            PublisherOptions(
+                stream=relay.stream,
+                prefix=relay.prefix,
+                alive_prefix=relay.alive_prefix,
+                window=relay.publish_window,
+                ack_timeout_ms=relay.ack_timeout_ms,
+                heartbeat_ms=relay.heartbeat_ms,
+                retry_min_ms=relay.connection.reconnect_min_ms,
+                retry_max_ms=relay.connection.reconnect_max_ms,
+            ),
+            connector(relay.connection),
+            RelayStream(
+                StreamOptions(
+                    name=relay.stream,
+                    prefix=relay.prefix,
+                    create=relay.create_stream,
+                    max_age_s=relay.stream_max_age_s,
+                    max_bytes=relay.stream_max_bytes,
+                    replicas=relay.stream_replicas,
+                    duplicates_s=relay.stream_duplicates_s,
+                )
+            ).prepare,
+        )
+        install(self.registry, self)
+
+    def _streams(self, cursors: Mapping[str, Cursor]) -> dict[str, SpooledStream]:
+        """The configured streams. The cursors of others stay: should one come back, its epochs go on."""
+        return {
+            stream.stream: SpooledStream(
+                _followed(source, stream, cursors.get(stream.stream)),
+                Address(stream.source, stream.rank, source.model, source.type, source.topic),
+            )
+            for source, stream in self.config.streams()
+        }
+
+    def start(self) -> None:
+        """Follow every stream from its cursor, and publish what the spool has."""
+        for source, stream in self.config.streams():
+            self._intake.add(self.streams[stream.stream].followed, _zmq_options(source, stream))  # type: ignore[arg-type]
+        log.info("spool_opened", lineage=self.spool.lineage, waiting=self.spool.waiting, bytes=self.spool.waiting_bytes)
+        self.spooler.start()
+        self.publisher.start()
+        self._intake.start()
+
+    def stop(self, deadline_s: float) -> bool:
+        """Receive nothing more, spool what is queued, publish until the deadline. Whether nothing is left then."""
+        ends = time.monotonic() + deadline_s
+        self._intake.stop()
+        self._intake.join(max(0.1, ends - time.monotonic()))
+        self._queue.close()
+        self.spooler.join(max(0.1, ends - time.monotonic()))
+        if self.spooler.is_alive():
+            self.spooler.abandon()
+            self.spooler.join()
+        self.publisher.finish(max(0.1, ends - time.monotonic()))
+        self.publisher.join()
+        through, published = self.publisher.progress
+        if self.spooler.error is None:
+            self.spool.commit([], [], through, published.items())
+        left = self.spool.waiting
+        self.spool.close()
+        return not left and self.failure() is None
+
+    def failure(self) -> BaseException | None:
+        """Why the relay cannot go on, if it cannot."""
+        return self.spooler.error or self.publisher.error or self._intake.error
+
+    def alive(self) -> bool:
+        """Whether every thread runs."""
+        return self.spooler.is_alive() and self.publisher.is_alive() and self._intake.is_alive()
+
+    def readiness(self) -> Readiness:
+        """Ready is who can spool and publish."""
+        problems = []
+        if not self.alive():
+            problems.append(f"a thread has ended: {self.failure()!r}")
+        if self.spooler.full:
+            problems.append(f"nothing can be spooled: {self.spooler.full}")
+        if self.publisher.problem:
+            problems.append(f"nothing can be published: {self.publisher.problem}")
+        return Readiness(not problems, problems)
+
+
+def _followed(source: SourceConfig, stream: StreamConfig, cursor: Cursor | None) -> FollowedStream:
+    return FollowedStream(
+        source=stream.source,
+        stream=stream.stream,
+        rank=stream.rank,
+        endpoint=stream.endpoint,
+        limits=StreamLimits(
+            replay=bool(stream.replay_endpoint),
+            replay_timeout_ms=source.replay_timeout_ms,
+            replay_attempts=source.replay_attempts,
+            hold_max_messages=source.hold_max_messages,
+            probe_ms=source.probe_ms,
+            lease_ms=source.lease_ms,
+            tolerate_holes=source.on_hole is OnHole.TOLERATE,
+        ),
+        translator=ENGINE_TRANSLATORS[source.type](source.options_of(source.name)),
+        cursor=cursor,
+        stale_after_ms=source.stale_after_ms,
+        silent_after_ms=source.silent_after_ms,
+        engine=source.type,
+    )
+
+
+def _zmq_options(source: SourceConfig, stream: StreamConfig) -> ZmqOptions:
+    return ZmqOptions(
+        endpoint=stream.endpoint,
+        replay_endpoint=stream.replay_endpoint,
+        topic=source.topic,
+        bind=source.bind,
+        receive_hwm=source.receive_hwm,
+        max_message_bytes=source.max_message_bytes,
+        reconnect_min_ms=source.reconnect_min_ms,
+        reconnect_max_ms=source.reconnect_max_ms,
+        heartbeat_ms=source.heartbeat_ms,
+        curve_server_key_file=source.curve_server_key_file,
+        curve_secret_key_file=source.curve_secret_key_file,
+    )
