@@ -18,6 +18,10 @@ _JWT = re.compile(rb"-+BEGIN NATS USER JWT-+\s+([A-Za-z0-9_.=-]+)\s+-+END NATS U
 _SEED = re.compile(rb"-+BEGIN USER NKEY SEED-+\s+(SU[A-Z2-7]+)\s+-+END USER NKEY SEED-+")
 _BARE_SEED = re.compile(rb"^(S[A-Z2-7]{50,})\s*$", re.MULTILINE)
 _LINE_MAX_BYTES = 4096
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+_TIME = rb"(?:\x17\x0d([0-9]{12}Z)|\x18\x0f([0-9]{14}Z))"
+_VALIDITY = re.compile(rb"\x30[\x1e-\x22]" + _TIME + _TIME)
+"""The two times of a certificate in DER, RFC 5280 4.1.2.5: two digits of the year until 2049, then four."""
 
 
 class UserCredentials(msgspec.Struct, frozen=True):
@@ -90,6 +94,22 @@ def client_tls(ca: str, certificate: str, key: str) -> ssl.SSLContext:
     if certificate:
         load_tls(context, certificate, key, "")
     return context
+
+
+def certificate_expiry(path: str) -> int:
+    """When the first certificate of a PEM file ends, in seconds since the Unix epoch; 0 when that cannot be read.
+
+    TLS decides by itself; this is only to say so. Raises CredentialError.
+    """
+    pem = _PEM.search(read_secret(path))
+    try:
+        found = _VALIDITY.search(ssl.PEM_cert_to_DER_cert(pem[0].decode())) if pem else None
+        if found is None:
+            return 0
+        text, form = (found[3], "%y%m%d%H%M%SZ") if found[3] else (found[4], "%Y%m%d%H%M%SZ")
+        return int(datetime.strptime(text.decode(), form).replace(tzinfo=UTC).timestamp())
+    except ValueError:
+        return 0
 
 
 def when(seconds: int) -> str:

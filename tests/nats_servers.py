@@ -80,7 +80,9 @@ class NatsServer:
         program: Path | None = None,
         jetstream: bool = True,
         name: str = "n1",
+        host: str = "127.0.0.1",
     ) -> None:
+        self.host = host
         self.port = free_port()
         self.name = name
         self._program = program or packaged_server()
@@ -92,16 +94,16 @@ class NatsServer:
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"nats://{self.host}:{self.port}"
 
     @property
     def tls_url(self) -> str:
-        return f"tls://127.0.0.1:{self.port}"
+        return f"tls://{self.host}:{self.port}"
 
     def configure(self, **settings: object) -> None:
         """Change settings; they hold from the next start or reload on."""
         self._settings.update(settings)
-        config: dict[str, object] = {"listen": f"127.0.0.1:{self.port}", "server_name": self.name}
+        config: dict[str, object] = {"listen": f"{self.host}:{self.port}", "server_name": self.name}
         if self._jetstream:
             config["jetstream"] = {"store_dir": str(self._directory / "store"), "max_mem": 1 << 30, "max_file": 4 << 30}
         (self._directory / "server.conf").write_text(json.dumps(config | self._settings, indent=1))
@@ -122,7 +124,7 @@ class NatsServer:
     def _answers(self) -> bool:
         """Whether it greets a client, or wants a TLS handshake first."""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 0.3) as probe:
+            with socket.create_connection((self.host, self.port), 0.3) as probe:
                 return probe.recv(5) == b"INFO "
         except TimeoutError:
             return True

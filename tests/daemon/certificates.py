@@ -29,8 +29,8 @@ def authority(directory: Path) -> Signed:
     return made
 
 
-def signed(directory: Path, name: str, by: Signed) -> Signed:
-    """A certificate for 127.0.0.1 and localhost, whose subject is `name`."""
+def signed(directory: Path, name: str, by: Signed, days: int = 2) -> Signed:
+    """A certificate for 127.0.0.1 and localhost, whose subject is `name`. It expires in `days`, or did if negative."""
     made = Signed(directory / f"{name}.pem", directory / f"{name}.key")
     request, extensions = directory / f"{name}.csr", directory / f"{name}.ext"
     extensions.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
@@ -39,7 +39,7 @@ def signed(directory: Path, name: str, by: Signed) -> Signed:
         *("-keyout", made.key, "-out", request),
     )
     _openssl(
-        *("x509", "-req", "-in", request, "-CA", by.certificate, "-CAkey", by.key, "-CAcreateserial", "-days", "2"),
+        *("x509", "-req", "-in", request, "-CA", by.certificate, "-CAkey", by.key, "-CAcreateserial", "-days", str(days)),
         *("-extfile", extensions, "-out", made.certificate),
     )
     made.key.chmod(0o600)
