@@ -6,6 +6,7 @@ As in `credentials`, nothing that is read here is logged or part of an error.
 from __future__ import annotations
 
 import base64
+import binascii
 import re
 import ssl
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ _JWT = re.compile(rb"-+BEGIN NATS USER JWT-+\s+([A-Za-z0-9_.=-]+)\s+-+END NATS U
 _SEED = re.compile(rb"-+BEGIN USER NKEY SEED-+\s+(SU[A-Z2-7]+)\s+-+END USER NKEY SEED-+")
 _BARE_SEED = re.compile(rb"^(S[A-Z2-7]{50,})\s*$", re.MULTILINE)
 _LINE_MAX_BYTES = 4096
+_SEED_BYTES = 2 + 32 + 2
+"""Of kind and secret, the secret, and a checksum."""
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 _TIME = rb"(?:\x17\x0d([0-9]{12}Z)|\x18\x0f([0-9]{14}Z))"
 _VALIDITY = re.compile(rb"\x30[\x1e-\x22]" + _TIME + _TIME)
@@ -127,15 +130,16 @@ def _expiry(jwt: bytes) -> int:
 
 
 def _check_seed(path: str, seed: bytes) -> None:
-    import nkeys  # type: ignore[import-untyped]
-
+    """An nkey ends with its checksum, which its library does not look at."""
     try:
-        nkeys.from_seed(bytearray(seed))
-    except Exception as error:
-        raise CredentialError(path, "has an nkey seed with a mistake in it") from error
+        raw = base64.b32decode(seed + b"=" * (-len(seed) % 8))
+    except ValueError:
+        raw = b""
+    if len(raw) != _SEED_BYTES or binascii.crc_hqx(raw[:-2], 0) != int.from_bytes(raw[-2:], "little"):
+        raise CredentialError(path, "has an nkey seed with a mistake in it")
 
 
 def _sign(seed: bytes, nonce: str) -> bytes:
-    import nkeys
+    import nkeys  # type: ignore[import-untyped]
 
     return bytes(nkeys.from_seed(bytearray(seed)).sign(nonce.encode()))
