@@ -56,6 +56,17 @@ class IntakeCounters:
         """Connections that the other side, or we, refused: of keys, or of the protocol."""
 
 
+class BusCounters:
+    """What a source's thread counts of one bus."""
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.bytes = 0
+        self.disconnects = 0
+        self.dropped = 0
+        """Messages that the client dropped because too many were waiting, as far as it says."""
+
+
 class AppliedCounters:
     """What the writer's thread counts of one stream."""
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from kvcensus.translators.translation import Rejection
+
 if TYPE_CHECKING:
     from .followed import Followed
     from .streams.verdicts import Apply, Fence, NewEpoch, Retire
@@ -27,7 +29,15 @@ class Advance(msgspec.Struct, frozen=True):
     life: str
 
 
-Item = tuple["Followed", "Apply | NewEpoch | Fence | Barrier | Retire | Advance"]
+class Refuse(msgspec.Struct, frozen=True):
+    """A message of a bus, or part of one, of which nobody knows whose it is. `seq` is -1 where it has no number."""
+
+    seq: int
+    payload: bytes
+    rejection: Rejection
+
+
+Item = tuple["Followed", "Apply | NewEpoch | Fence | Barrier | Retire | Advance | Refuse"]
 
 _OVERHEAD_BYTES = 128
 

@@ -23,8 +23,8 @@ from prometheus_client.registry import Collector
 from kvcensus.backends.errors import BackendError
 from kvcensus.backends.model import TIERS, IndexMetrics, StoreHealth
 
-from .counters import AppliedCounters, Histogram, IntakeCounters
-from .status import DaemonView, StreamState, StreamStatus, Trust
+from .counters import AppliedCounters, BusCounters, Histogram, IntakeCounters
+from .status import BusStatus, DaemonView, StreamState, StreamStatus, Trust
 
 
 class Kind(StrEnum):
@@ -84,6 +84,21 @@ class StreamFigures(msgspec.Struct):
         return {trust: float(trust is self.status.trust) for trust in Trust}
 
 
+class BusReading(msgspec.Struct):
+    """All there is to read of one bus."""
+
+    counters: BusCounters
+    status: BusStatus
+
+    @property
+    def states(self) -> dict[str, float]:
+        return {state: float(state is self.status.state) for state in StreamState}
+
+    @property
+    def failing(self) -> bool:
+        return bool(self.status.problem)
+
+
 class IndexFigures(msgspec.Struct):
     """All there is to read of the index."""
 
@@ -109,6 +124,10 @@ def _stream(kind: Kind, name: str, path: str, help_: str, *label: str) -> Declar
 
 def _backend(kind: Kind, name: str, path: str, help_: str, *label: str) -> Declared:
     return Declared(kind, f"kvcensus_backend_{name}", path, help_, ("backend", *label))
+
+
+def _bus(kind: Kind, name: str, path: str, help_: str, *label: str) -> Declared:
+    return Declared(kind, f"kvcensus_bus_{name}", path, help_, ("bus", *label))
 
 
 _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
@@ -149,6 +168,20 @@ STREAM_METRICS = (
             "The engine's timestamp of the last committed message, 0 for none."),
     _stream(_G, "state", "states", "1 for the state that the stream is in.", "state"),
     _stream(_G, "trust", "trusts", "1 for how far the worker's blocks can be believed.", "trust"),
+)
+
+BUS_METRICS = (
+    _bus(_C, "messages_total", "counters.messages", "Messages received."),
+    _bus(_C, "received_bytes_total", "counters.bytes", "Bytes of the messages received."),
+    _bus(_C, "disconnects_total", "counters.disconnects", "Times that the connection was lost."),
+    _bus(_C, "dropped_messages_total", "counters.dropped",
+         "Messages that the client dropped since too many were waiting, as far as it says."),
+    _bus(_C, "refused_messages_total", "status.refused", "Messages of workers that are not followed."),
+    _bus(_G, "workers", "status.workers", "Workers that the bus has brought."),
+    _bus(_G, "position", "status.position", "Last committed sequence number of the JetStream stream, -1 for none."),
+    _bus(_G, "pending_messages", "status.pending", "Messages that the JetStream stream still has for us."),
+    _bus(_G, "failing", "failing", "1 while something keeps messages from coming; /readyz says what."),
+    _bus(_G, "state", "states", "1 for the state that the bus is in.", "state"),
 )
 
 INDEX_METRICS = (
@@ -215,6 +248,7 @@ BUILD_INFO = Declared(_G, "kvcensus_build_info", "build", "1, with the versions 
 
 SECTIONS = (
     ("Streams", STREAM_METRICS),
+    ("Buses", BUS_METRICS),
     ("Index", (BACKEND_UP, *INDEX_METRICS, *COMMIT_METRICS)),
     ("Writer", (*WRITER_METRICS, *DAEMON_METRICS)),
     ("Quarantine", QUARANTINE_METRICS),
@@ -248,6 +282,8 @@ class DaemonCollector(Collector):
         backend = (view.backend.name(),)
         streams = _stream_figures(view)
         yield from (_sampled(metric, streams) for metric in STREAM_METRICS)
+        buses: list[Labelled] = [((one.status().bus,), BusReading(one.counters, one.status())) for one in view.buses()]
+        yield from (_sampled(metric, buses) for metric in BUS_METRICS)
         index = _index_figures(view)
         if index is not None:
             yield from (_sampled(metric, [(backend, index)]) for metric in INDEX_METRICS)
@@ -310,8 +346,8 @@ def _add_histogram(family: Metric, labels: dict[str, str], histogram: Histogram)
 
 _PAGE_HEAD = """# Metrics
 
-`GET /metrics`, in the Prometheus text format. Counters count since the daemon started. `source` is a source of the
-configuration, `stream` is NAME or NAME/RANK, `backend` is `memory` or `lmdb`. The other labels have closed sets of
+`GET /metrics`, in the Prometheus text format. Counters count since the daemon started. `source` and `bus` are those of
+the configuration, `stream` is NAME or NAME/RANK, `backend` is `memory` or `lmdb`. The other labels have closed sets of
 values, which are all there from the start. The usual `process_*` metrics are there as well.
 
 This page is made by `python -m kvcensus.daemon.metrics > docs/reference/metrics.md`.

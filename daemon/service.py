@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,16 +16,20 @@ from kvcensus.backends.lmdb.files import suspect
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ClearBlocks, Cursor
 
-from .config import BackendKind, Config, OnCorrupt, OnFence, OnHole, SourceConfig, StreamConfig
+from .claims import Claims
+from .config import BackendKind, Config, NatsConfig, OnCorrupt, OnFence, OnHole, SourceConfig, StreamConfig
 from .counters import HttpCounters, QuarantineCounters, WriterCounters
-from .engines import TRANSLATORS
-from .followed import FollowedStream
+from .engines import ENGINE_TRANSLATORS
+from .followed import Followed, FollowedStream
 from .frame_queue import Barrier, FrameQueue
 from .logs import get_logger
 from .metrics import install
 from .quarantine import Quarantine, QuarantineLimits
+from .sources.bus_source import BusSettings, BusSource
+from .sources.nats import NatsIntake
 from .sources.zmq import ZmqIntake, ZmqOptions
-from .status import Readiness, StreamCounters, StreamStatus, Trust
+from .status import BusFigures, Readiness, StreamCounters, StreamStatus, Trust
+from .streams.bus import BusLimits
 from .streams.state import StreamLimits
 from .writer import Writer, WriterOptions
 
@@ -51,6 +55,9 @@ class Service:
             self._quarantine,
         )
         self._intake = ZmqIntake(self._queue)
+        self._nats = NatsIntake(self._queue)
+        self._claims = Claims()
+        self._buses: dict[str, tuple[NatsConfig, BusSource]] = {}
         self._streams: dict[str, tuple[SourceConfig, FollowedStream]] = {}
         self.http_counters = HttpCounters()
         install(self.registry, self)
@@ -69,12 +76,17 @@ class Service:
         """Drop what unconfigured streams left, then follow the configured ones from their cursors."""
         cursors = self.backend.cursors()
         wanted = {stream.stream for _, stream in self._config.streams()}
+        buses = {bus.name for bus in self._config.nats}
         for name in sorted(cursors.keys() - wanted):
-            self._drop_unconfigured(cursors[name])
+            if cursors[name].source not in buses:
+                self._drop_unconfigured(cursors[name])
         for source, stream in self._config.streams():
             self._follow(source, stream, cursors.get(stream.stream))
+        for bus in self._config.nats:
+            self._follow_bus(bus, cursors.values())
         self._writer.start()
         self._intake.start()
+        self._nats.start()
 
     def _drop_unconfigured(self, cursor: Cursor) -> None:
         log.warning("stream_not_configured", stream=cursor.stream, worker=cursor.worker_id, epoch=cursor.epoch)
@@ -97,7 +109,7 @@ class Service:
                 lease_ms=source.lease_ms,
                 tolerate_holes=source.on_hole is OnHole.TOLERATE,
             ),
-            translator=TRANSLATORS[source.type](source.options_of(source.name)),
+            translator=ENGINE_TRANSLATORS[source.type](source.options_of(source.name)),
             cursor=cursor,
             keeps_fenced=source.on_fence is OnFence.KEEP,
             stale_after_ms=source.stale_after_ms,
@@ -105,6 +117,7 @@ class Service:
             engine=source.type,
         )
         self._streams = {**self._streams, stream.stream: (source, followed)}
+        self._claims.claim(stream.stream, stream.source)
         options = ZmqOptions(
             endpoint=stream.endpoint,
             replay_endpoint=stream.replay_endpoint,
@@ -120,6 +133,11 @@ class Service:
         )
         self._intake.add(followed, options)
 
+    def _follow_bus(self, config: NatsConfig, cursors: Iterable[Cursor]) -> None:
+        bus = BusSource(_bus_settings(config), cursors, self._claims)
+        self._buses = {**self._buses, config.name: (config, bus)}
+        self._nats.add(bus, config)
+
     def reload(self, config: Config) -> list[str]:
         """Follow new sources, drop removed ones, and take changed ones up from where they are.
 
@@ -132,12 +150,14 @@ class Service:
             if name in changed or name not in wanted:
                 log.info("stream_dropped" if name not in wanted else "stream_changed", stream=name)
                 self._intake.remove(name, retire=name not in wanted)
+                self._claims.release(name, current[name][0].name)
         if changed:
             self._settle()
         self._streams = {name: followed for name, followed in current.items() if name in wanted and name not in changed}
         for name, (source, stream) in wanted.items():
             if name not in self._streams:
                 self._follow(source, stream, current[name][1].cursor if name in changed else None)
+        self._reload_buses(config)
         needs_restart = [
             key
             for key in ("data_dir", "backend", "http", "index", "writer", "quarantine")
@@ -145,6 +165,25 @@ class Service:
         ]
         self._config = config
         return needs_restart
+
+    def _reload_buses(self, config: Config) -> None:
+        """A changed bus is taken up from what is committed of it, a removed one is dropped with its workers."""
+        wanted = {bus.name: bus for bus in config.nats}
+        current = dict(self._buses)
+        changed = {name for name, (bus, _) in current.items() if name in wanted and wanted[name] != bus}
+        self._buses = {name: bus for name, bus in current.items() if name in wanted and name not in changed}
+        for name, (_, bus) in current.items():
+            if name not in self._buses:
+                log.info("bus_dropped" if name not in wanted else "bus_changed", bus=name)
+                committed = threading.Event()
+                self._nats.remove(name, retire=name not in wanted, committed=Barrier(committed))
+                if not committed.wait(_RELOAD_WAIT_S):
+                    log.warning("reload_not_settled", waited_s=_RELOAD_WAIT_S)
+                bus.close()
+        cursors = list(self.backend.cursors().values()) if changed else []
+        for name, one in wanted.items():
+            if name not in self._buses:
+                self._follow_bus(one, cursors if name in changed else ())
 
     def _settle(self) -> None:
         """Wait until all that was received is committed, so that cursors say how far each stream is."""
@@ -158,7 +197,9 @@ class Service:
         """Receive nothing more, commit what is queued, close the backend. False when the deadline cut that short."""
         ends = time.monotonic() + deadline_s
         self._intake.stop()
+        self._nats.stop()
         self._intake.join(max(0.1, ends - time.monotonic()))
+        self._nats.join(max(0.1, ends - time.monotonic()))
         self._queue.close()
         self._writer.join(max(0.1, ends - time.monotonic()))
         drained = not self._writer.is_alive()
@@ -172,12 +213,13 @@ class Service:
 
     def failure(self) -> BaseException | None:
         """Why the daemon cannot go on, if it cannot."""
-        return self._writer.error or self._intake.error or self.backend.damage()
+        return self._writer.error or self._intake.error or self._nats.error or self.backend.damage()
 
     def alive(self) -> bool:
-        return self._writer.is_alive() and self._intake.is_alive()
+        return self._writer.is_alive() and self._intake.is_alive() and self._nats.is_alive()
 
     def readiness(self) -> Readiness:
+        """A bus that was never reached leaves nothing to answer from; one that is lost later leaves what is known."""
         problems = []
         if not self.alive():
             problems.append(f"a thread has ended: {self.failure()!r}")
@@ -185,18 +227,46 @@ class Service:
             problems.append(f"nothing can be written: {self._writer.full}")
         if damage := self.backend.damage():
             problems.append(f"the index is damaged: {damage}")
-        return Readiness(not problems, problems)
+        ready = not problems
+        for _, bus in self._buses.values():
+            if bus.problem:
+                problems.append(f"bus {bus.name}: {bus.problem}")
+                ready = ready and bus.was_connected
+        return Readiness(ready, problems)
 
     def statuses(self) -> list[StreamStatus]:
         full = self._writer.full
-        statuses = [followed.status() for _, followed in self._streams.values()]
+        statuses = [followed.status() for followed in self._followed()]
         return [_unwritten(one, full, self._writer.full_since_ms) for one in statuses] if full else statuses
 
     def stream_counters(self) -> Sequence[StreamCounters]:
-        return [followed for _, followed in self._streams.values()]
+        return self._followed()
+
+    def buses(self) -> Sequence[BusFigures]:
+        return [bus for _, bus in self._buses.values()]
+
+    def _followed(self) -> list[Followed]:
+        """Every stream: the configured ones, and those that buses have brought."""
+        configured = [followed for _, followed in self._streams.values()]
+        return [*configured, *(worker for _, bus in self._buses.values() for worker in bus.workers())]
 
     def queue_depth(self) -> tuple[int, int]:
         return self._queue.depth()
+
+
+def _bus_settings(config: NatsConfig) -> BusSettings:
+    return BusSettings(
+        name=config.name,
+        cursor=config.cursor(),
+        endpoints=config.connection.servers,
+        jetstream=config.stream,
+        limits=BusLimits(config.lease_ms, config.silent_lease_ms, bool(config.stream)),
+        max_workers=config.max_workers,
+        worker_prefix=config.worker_prefix,
+        stale_after_ms=config.stale_after_ms,
+        events=config,
+        type=config.type,
+    )
 
 
 def _unwritten(status: StreamStatus, full: str, since_ms: int) -> StreamStatus:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.interface import IndexBackend
 
-from .counters import AppliedCounters, HttpCounters, IntakeCounters, QuarantineCounters, WriterCounters
+from .counters import AppliedCounters, BusCounters, HttpCounters, IntakeCounters, QuarantineCounters, WriterCounters
 
 
 class StreamState(StrEnum):
@@ -64,6 +64,35 @@ class StreamStatus(msgspec.Struct, frozen=True):
     """The source has never delivered anything, although it had the time."""
 
 
+class BusStatus(msgspec.Struct, frozen=True):
+    """A bus and how far it has been read.
+
+    `jetstream` names the stream that keeps its messages, "" for none; `position` is the sequence number there as of the
+    last commit, -1 before the first, and `pending` what is left to read. `problem` is why nothing comes, or "".
+    `refused` counts messages of workers that are not followed.
+    """
+
+    bus: str
+    type: str
+    servers: tuple[str, ...]
+    jetstream: str
+    state: StreamState
+    problem: str
+    position: int
+    pending: int
+    workers: int
+    refused: int
+
+
+class BusFigures(Protocol):
+    """What there is to read of a bus."""
+
+    counters: BusCounters
+
+    def status(self) -> BusStatus:
+        """The bus as it is now."""
+
+
 class Readiness(msgspec.Struct, frozen=True):
     """Whether the daemon can answer, and what is wrong if not."""
 
@@ -108,6 +137,9 @@ class DaemonView(Protocol):
 
     def stream_counters(self) -> Sequence[StreamCounters]:
         """The counters of every configured stream, in the order of `statuses`."""
+
+    def buses(self) -> Sequence[BusFigures]:
+        """Every configured bus."""
 
     def queue_depth(self) -> tuple[int, int]:
         """Messages and bytes waiting for the writer."""

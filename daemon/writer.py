@@ -19,7 +19,7 @@ from kvcensus.translators.translation import Rejection, RejectReason, Translatio
 
 from .counters import AppliedCounters, WriterCounters
 from .followed import Followed, now_ms
-from .frame_queue import Advance, Barrier, FrameQueue, Item
+from .frame_queue import Advance, Barrier, FrameQueue, Item, Refuse
 from .logs import get_logger
 from .progress import Progress
 from .quarantine import Quarantine
@@ -190,6 +190,8 @@ class Writer(threading.Thread):
         elif isinstance(what, Advance):
             progress = self._progress_of(stream)
             progress.seq, progress.life = what.position, what.life
+        elif isinstance(what, Refuse):
+            self._reject(stream, self._progress_of(stream), Apply(what.seq, what.payload), what.rejection)
 
     def _progress_of(self, stream: Followed) -> Progress:
         progress = self._progress.get(stream)

@@ -33,18 +33,21 @@ def check(path: Path, as_json: bool) -> None:
     click.echo(f"{path}: ok\n")
     click.echo(columns(("SETTING", "VALUE"), _settings(config)))
     click.echo()
-    click.echo(_streams(config))
+    if config.sources:
+        click.echo(_streams(config))
+    if config.nats:
+        click.echo(_buses(config))
     for warning in config.warnings():
         click.echo(f"warning: {warning}", err=True)
 
 
 def _settings(config: Config) -> list[tuple[str, Any]]:
-    """Every setting that is not of a source."""
+    """Every setting that is not of a source or a bus."""
     found: list[tuple[str, Any]] = []
     for key, value in msgspec.to_builtins(config).items():
         if isinstance(value, dict):
             found.extend((f"{key}.{name}", inner) for name, inner in value.items())
-        elif key != "sources":
+        elif key not in ("sources", "nats"):
             found.append((key, value))
     return found
 
@@ -69,15 +72,37 @@ def _streams(config: Config) -> str:
     )
 
 
+def _buses(config: Config) -> str:
+    return columns(
+        ("BUS", "TYPE", "SERVERS", "STREAM", "SUBJECTS", "MODEL", "OTHER"),
+        (
+            (
+                bus.name,
+                bus.type,
+                " ".join(bus.connection.servers),
+                bus.stream or "core NATS",
+                " ".join(bus.subjects) or "every one",
+                bus.model,
+                _changed(bus),
+            )
+            for bus in config.nats
+        ),
+    )
+
+
+_SHOWN = frozenset(
+    "endpoint name type replay_endpoint bind ranks topic model connection stream subjects".split()  # noqa: SIM905
+)
+
+
 def _changed(source: msgspec.Struct) -> str:
     """The settings of a source that have no column and are not at their defaults."""
-    shown = {"endpoint", "name", "type", "replay_endpoint", "bind", "ranks", "topic", "model"}
     plain = msgspec.to_builtins(source)
     changed = []
     for field in msgspec.structs.fields(source):
         default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
         value = plain[field.name]
         is_implied = field.name == "tokenizer" and value == plain["model"]
-        if field.name not in shown and not is_implied and value != msgspec.to_builtins(default):
+        if field.name not in _SHOWN and not is_implied and value != msgspec.to_builtins(default):
             changed.append(f"{field.name}={msgspec.json.encode(value).decode()}")
     return " ".join(changed)

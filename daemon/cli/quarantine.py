@@ -17,8 +17,8 @@ import msgspec
 
 from kvcensus.translators.translation import RejectReason, Translator, TranslatorOptions
 
-from ..config import Config, ConfigError, load_config
-from ..engines import TRANSLATORS
+from ..config import Config, ConfigError, NatsConfig, SourceConfig, load_config
+from ..engines import translator_of
 from ..quarantine import WHOLE_PAYLOAD, Entry, KeptEntries, QuarantineError, printable
 from .columns import columns
 from .ending import EXIT_CONFIG, EXIT_IO, EXIT_UNAVAILABLE, Failure
@@ -162,19 +162,22 @@ class Retried(msgspec.Struct, frozen=True):
 
 
 def _retried(kept: KeptEntries, ids: list[int], config: Config) -> Iterator[Retried]:
-    sources = {source.name: source for source in config.sources}
+    sources: dict[str, SourceConfig | NatsConfig] = {source.name: source for source in config.sources}
+    sources.update((bus.name, bus) for bus in config.nats)
     ranks = {stream.stream: stream.rank for _, stream in config.streams()}
 
     @functools.cache
-    def translator_of(name: str, engine: str) -> Translator | None:
-        source = sources.get(name)
+    def made_for(source_name: str, engine: str, stream: str, rank: int | None) -> Translator | None:
+        source = sources.get(source_name)
+        name = stream if rank is None else stream.removesuffix(f"/{rank}")
         options = source.options_of(name) if source else TranslatorOptions(worker=name)
-        made = TRANSLATORS.get(source.type if source else engine)
-        return made(options) if made else None
+        known = source.type if isinstance(source, SourceConfig) else engine
+        return translator_of(known, options, name, rank)
 
     for entry in kept.whole(ids):
         rank = ranks.get(entry.stream)
-        verdict = _verdict(entry, translator_of(entry.source, entry.engine), entry.rank if rank is None else rank)
+        translator = made_for(entry.source, entry.engine, entry.stream, entry.rank)
+        verdict = _verdict(entry, translator, entry.rank if rank is None else rank)
         yield Retried(
             id=entry.id,
             source=entry.source,

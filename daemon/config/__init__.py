@@ -14,6 +14,9 @@ from .model import (
     QuarantineConfig,
     WriterConfig,
 )
+from .nats import NatsConfig
+from .nats_servers import NatsServers
+from .relay import RelayConfig
 from .source import OnHole, SourceConfig, SourceType, StreamConfig
 from .translated import OnFence
 
@@ -28,10 +31,13 @@ __all__ = [
     "LogConfig",
     "LogFormat",
     "LogLevel",
+    "NatsConfig",
+    "NatsServers",
     "OnCorrupt",
     "OnFence",
     "OnHole",
     "QuarantineConfig",
+    "RelayConfig",
     "SourceConfig",
     "SourceType",
     "StreamConfig",

@@ -15,14 +15,28 @@ import msgspec
 
 from .errors import ConfigError, InvalidValue
 from .model import Config, HttpConfig, IndexConfig, LogConfig, QuarantineConfig, WriterConfig
+from .nats import NatsConfig
+from .nats_servers import NatsServers
+from .relay import RelayConfig
 from .source import SourceConfig
 from .toml_lines import line_of
 
 ENVIRONMENT_PREFIX = "KVCENSUS__"
 """Two underscores: Kubernetes sets KVCENSUS_PORT when a Service has the program's name."""
 
-_STRUCTS = (Config, HttpConfig, IndexConfig, WriterConfig, QuarantineConfig, LogConfig, SourceConfig)
-_SECTIONS = ("http", "index", "writer", "quarantine", "log")
+_STRUCTS = (
+    Config,
+    HttpConfig,
+    IndexConfig,
+    WriterConfig,
+    QuarantineConfig,
+    LogConfig,
+    SourceConfig,
+    NatsConfig,
+    NatsServers,
+    RelayConfig,
+)
+_SECTIONS = ("http", "index", "writer", "quarantine", "log", "relay")
 _AT = re.compile(r"(?P<reason>.*?)(?: - at `\$\.?(?P<key>.*?)`)?", re.DOTALL)
 _FIELD = re.compile(r"Object (?P<verb>contains unknown|missing required) field `(?P<field>[^`]*)`")
 _TOML_PLACE = re.compile(r"(?P<reason>.*) \(at (?:line (?P<line>[0-9]+), column [0-9]+|end of document)\)", re.DOTALL)
@@ -69,10 +83,12 @@ def config_from_flags(
     http: str | None = None,
     backend: str | None = None,
     environ: Mapping[str, str] | None = None,
+    relay: Mapping[str, object] | None = None,
 ) -> Config:
     """The configuration of `kvcensus run --engine …`: one source per engine, further flags paired by order.
 
-    `topic`, `model`, `engine_type`, `bind` and `ranks` are those of every engine. Raises ConfigError.
+    `topic`, `model`, `engine_type`, `bind` and `ranks` are those of every engine; `relay` has keys of that section.
+    Raises ConfigError.
     """
     for flag, values in (("--replay-endpoint", replay_endpoints), ("--worker", workers)):
         if len(values) > len(engines):
@@ -92,6 +108,7 @@ def config_from_flags(
     ]
     flags = {"data_dir": data_dir, "http.listen": http, "backend": backend}
     overrides: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
+    overrides |= {f"relay.{key}": value for key, value in (relay or {}).items()}
     return load_config(None, environ or {}, overrides | {"sources": sources})
 
 

@@ -17,10 +17,13 @@ from kvcensus.backends.lmdb.files import MAP_SIZE
 from ..credentials import CredentialError, open_to_others, read_tokens, server_tls
 from .endpoints import ANY_IPV4, Endpoint, is_loopback, listen_address
 from .errors import InvalidValue
+from .nats import NatsConfig
+from .relay import RelayConfig
 from .section import MIB, NotNegative, Positive, PositiveBytes, Section
 from .source import SourceConfig, StreamConfig
 
 _MAX_SOURCES = 1024
+_MAX_BUSES = 64
 
 
 class BackendKind(StrEnum):
@@ -207,8 +210,11 @@ class Config(Section, frozen=True):
     writer: WriterConfig = WriterConfig()
     quarantine: QuarantineConfig = QuarantineConfig()
     log: LogConfig = LogConfig()
+    relay: RelayConfig = RelayConfig()
     sources: Annotated[tuple[SourceConfig, ...], msgspec.Meta(max_length=_MAX_SOURCES)] = ()
     """One table per engine."""
+    nats: Annotated[tuple[NatsConfig, ...], msgspec.Meta(max_length=_MAX_BUSES)] = ()
+    """One table per bus."""
 
     def __post_init__(self) -> None:
         if not self.data_dir:
@@ -226,6 +232,15 @@ class Config(Section, frozen=True):
                     raise InvalidValue(f"{at}.endpoint", f"{stream.endpoint} is already followed by sources[{other}]")
             if (other := names.setdefault(source.name, number)) != number:
                 raise InvalidValue(f"{at}.name", f"{source.name!r} is already that of sources[{other}]")
+        self._check_names(names)
+
+    def _check_names(self, names: dict[str, int]) -> None:
+        """No two of a name, and none that could be taken for a rank of another. `names` are those of the sources."""
+        buses: set[str] = set()
+        for number, bus in enumerate(self.nats):
+            if bus.name in names or bus.name in buses:
+                raise InvalidValue(f"nats[{number}].name", f"{bus.name!r} is already that of another source or bus")
+            buses.add(bus.name)
         for number, source in enumerate(self.sources):
             worker, _, rank = source.name.rpartition("/")
             if rank.isdecimal() and worker in names:
@@ -241,7 +256,8 @@ class Config(Section, frozen=True):
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, one sentence each."""
         found = self.http.warnings() + [warning for source in self.sources for warning in source.warnings()]
-        if not self.sources:
+        found += [warning for bus in self.nats for warning in bus.warnings()]
+        if not self.sources and not self.nats:
             return [*found, "no source is configured: nothing will be followed"]
         return found + [
             f"source {source.name}: {source.endpoint} connects to this machine; an engine that was given 0.0.0.0 "

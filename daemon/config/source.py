@@ -25,6 +25,7 @@ class SourceType(StrEnum):
 
     VLLM = "vllm"
     SGLANG = "sglang"
+    DYNAMO = "dynamo"
 
 
 class OnHole(StrEnum):

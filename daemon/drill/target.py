@@ -150,7 +150,7 @@ def toml_text(config: Config) -> str:
 
 def _lines(path: str, values: Mapping[str, Any]) -> list[str]:
     """A table without its heading. A text in JSON is one in TOML."""
-    tables = {key: value for key, value in values.items() if isinstance(value, dict | list | tuple)}
+    tables = {key: value for key, value in values.items() if _is_table(value)}
     plain = {key: value for key, value in values.items() if key not in tables and value is not None}
     lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
     for key, value in tables.items():
@@ -158,3 +158,7 @@ def _lines(path: str, values: Mapping[str, Any]) -> list[str]:
         for row in [value] if isinstance(value, dict) else value:
             lines += [f"[{below}]" if isinstance(value, dict) else f"[[{below}]]", *_lines(f"{below}.", row)]
     return lines
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list | tuple) and all(isinstance(one, dict) for one in value))

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from kvcensus.backends.model import CacheResidency, CacheTier, GroupSpec, IdentityScope
 
-from ..status import StreamStatus, Trust
+from ..status import BusStatus, StreamStatus, Trust
 
 ROOT_WORD = "root"
 """How `ROOT` is written where a parent's hash is expected."""
@@ -241,9 +241,10 @@ class StreamReport(StreamStatus, frozen=True):
 
 
 class StreamsAnswer(msgspec.Struct, frozen=True):
-    """Every configured stream."""
+    """Every stream: the configured ones, and those that buses have brought."""
 
     streams: list[StreamReport]
+    buses: list[BusStatus] = []
 
 
 class Liveness(msgspec.Struct, frozen=True):

@@ -34,7 +34,8 @@ class State:
 
     async def streams(self, request: web.Request) -> web.Response:
         at_ms = now_ms()
-        return answer(request, StreamsAnswer([_report(status, at_ms) for status in self._view.statuses()]))
+        buses = [bus.status() for bus in self._view.buses()]
+        return answer(request, StreamsAnswer([_report(status, at_ms) for status in self._view.statuses()], buses))
 
     async def workers(self, request: web.Request) -> web.Response:
         held: dict[str, list[Holding]] = defaultdict(list)

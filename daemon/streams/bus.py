@@ -155,11 +155,11 @@ class Bus:
         if head.seq < 0 and head.control is not Control.LIFE and not self._limits.durable:
             self.refused += 1
             return []
-        name = head.lineage if head.shared else _own(head.lineage, _key(head))
+        name = head.lineage if head.shared else _own(head.lineage, key_of(head))
         verdicts = self._check_gap(name, head)
         accepted = False
         for delivery in message:
-            key = _key(delivery)
+            key = key_of(delivery)
             worker = self._worker(key, delivery, now_ms)
             if worker is None:
                 self.refused += 1
@@ -182,6 +182,10 @@ class Bus:
             numbering.whole = False
         return [(key, Fence(worker.applied, reason)) for key, worker in self.workers.items()]
 
+    def torn(self, head: Delivery, reason: str) -> Verdicts:
+        """Part of a message is unreadable: it may have been about any worker under its numbering."""
+        return [(key, Fence(worker.applied, reason)) for key, worker in self._numbered(head)]
+
     def tick(self, now_ms: int) -> Verdicts:
         """Time has passed: who was silent for longer than its lease is no worker of this bus any more."""
         if not self._connected:
@@ -196,7 +200,7 @@ class Bus:
         return [(key, Retire()) for key in gone]
 
     def _note_life(self, beat: Delivery, now_ms: int) -> None:
-        worker = self.workers.get(_key(beat))
+        worker = self.workers.get(key_of(beat))
         if worker is None or beat.lineage != worker.lineage:
             return
         worker.life_at_ms = now_ms
@@ -234,7 +238,7 @@ class Bus:
 
     def _numbered(self, head: Delivery) -> list[tuple[str, WorkerLife]]:
         """The workers in the life that a message is of, under its numbering."""
-        keys = self.workers if head.shared else (_key(head),)
+        keys = self.workers if head.shared else (key_of(head),)
         found = ((key, self.workers.get(key)) for key in keys)
         return [(key, one) for key, one in found if one and one.lineage == head.lineage and one.life == head.epoch]
 
@@ -336,7 +340,7 @@ class Bus:
         return Fence(worker.applied, reason)
 
 
-def _key(delivery: Delivery) -> str:
+def key_of(delivery: Delivery) -> str:
     """The name of the stream of a worker's messages."""
     return worker_id_of(delivery.worker, delivery.rank)
 

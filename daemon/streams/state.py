@@ -14,7 +14,7 @@ import msgspec
 from kvcensus.backends.model import Cursor
 
 from ..counters import IntakeCounters
-from ..status import StreamState
+from ..status import StreamState, Trust
 from .verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Verdict, fingerprint
 
 RECENT_MESSAGES = 8192
@@ -66,6 +66,7 @@ class Stream:
         self._attempts = 0
         self._connected = False
         self._verified = False
+        self._doubted = cursor is not None and cursor.trust == Trust.UNTRUSTED
         self._probe_at_ms = 0
         self._gone_at_ms: int | None = None
         self.life_at_ms = 0
@@ -269,6 +270,8 @@ class Stream:
         verdicts: list[Verdict] = []
         if self.epoch == 0:
             verdicts.append(self._new_epoch("first message"))
+        elif seq == 0 and self._doubted:
+            verdicts.append(self._new_epoch("the replay brings all of a life of which nothing was believed"))
         if seq > 0:
             verdicts += self._fence_before(seq, "the engine's replay does not reach back to its start")
         self._verified = True
@@ -369,6 +372,7 @@ class Stream:
         self._fingerprint = b""
         self._recent.clear()
         self._verified = False
+        self._doubted = False
         return NewEpoch(self.epoch, reason)
 
     def _fence_before(self, seq: int, reason: str) -> list[Verdict]:
@@ -382,6 +386,7 @@ class Stream:
         return verdicts
 
     def _fence(self, seq: int, reason: str) -> Fence:
+        self._doubted = True
         if seq != self.applied:
             self.applied = seq
             self._last_payload = None

@@ -17,9 +17,16 @@ from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ROOT, CacheTier, GroupSpec, IdentityScope, StoreRun
 from kvcensus.daemon import metrics
 from kvcensus.daemon.config import HttpConfig
-from kvcensus.daemon.counters import AppliedCounters, HttpCounters, IntakeCounters, QuarantineCounters, WriterCounters
+from kvcensus.daemon.counters import (
+    AppliedCounters,
+    BusCounters,
+    HttpCounters,
+    IntakeCounters,
+    QuarantineCounters,
+    WriterCounters,
+)
 from kvcensus.daemon.http.server import HttpServer
-from kvcensus.daemon.status import Readiness, StreamState, StreamStatus, Trust
+from kvcensus.daemon.status import BusStatus, Readiness, StreamState, StreamStatus, Trust
 
 SCOPE = IdentityScope("m", "m")
 
@@ -56,6 +63,32 @@ class Counters:
     applied: AppliedCounters = field(default_factory=AppliedCounters)
 
 
+@dataclass
+class Bus:
+    shown: BusStatus
+    counters: BusCounters = field(default_factory=BusCounters)
+
+    def status(self) -> BusStatus:
+        return self.shown
+
+
+def bus_status(name: str = "fleet", **changes: Any) -> BusStatus:
+    """A bus that is followed, unless changed."""
+    live = BusStatus(
+        bus=name,
+        type="vllm",
+        servers=("nats://nats:4222",),
+        jetstream="KV",
+        state=StreamState.LIVE,
+        problem="",
+        position=99,
+        pending=2,
+        workers=16,
+        refused=0,
+    )
+    return msgspec.structs.replace(live, **changes)
+
+
 class View:
     """What the server sees of a daemon; a test sets it as it likes."""
 
@@ -67,6 +100,7 @@ class View:
         self.http_counters = HttpCounters()
         self.shown = list(statuses)
         self.counters = [Counters(one.source, one.stream) for one in statuses]
+        self.followed_buses = [Bus(bus_status())]
         self.ready = Readiness(True, [])
         self.running = True
         metrics.install(self.registry, self)
@@ -76,6 +110,9 @@ class View:
 
     def stream_counters(self) -> list[Counters]:
         return self.counters
+
+    def buses(self) -> list[Bus]:
+        return self.followed_buses
 
     def queue_depth(self) -> tuple[int, int]:
         return 3, 4096

@@ -255,8 +255,8 @@ class BusMachine(RuleBasedStateMachine):
     """Publishers that restart, a wire that loses and repeats, a daemon that dies between commits.
 
     What must always hold: the messages applied to a worker since its last clear are consecutive ones of one life, and
-    all of that life up to the last one, unless the worker was fenced. What must hold where nothing was lost: it has them
-    all.
+    all of that life up to the last one, unless the worker was fenced. What must hold where nothing was lost: it has
+    them all.
     """
 
     @initialize(shared=st.booleans(), durable=st.booleans())
@@ -290,9 +290,7 @@ class BusMachine(RuleBasedStateMachine):
             self.numbers[numbering] += 1
             for worker in message:
                 self.sent[f"{worker}/0", self.lineage, self.life].append(seq)
-            self.wire.append(
-                [Delivery(w, 0, self.lineage, self.life, seq, b"", shared=self.shared) for w in message]
-            )
+            self.wire.append([Delivery(w, 0, self.lineage, self.life, seq, b"", shared=self.shared) for w in message])
 
     @rule(new_lineage=st.booleans())
     def restart(self, new_lineage: bool) -> None:

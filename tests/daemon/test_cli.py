@@ -106,7 +106,7 @@ def test_check_says_what_would_run(tmp_path: Path) -> None:
     assert any(line.split() == ["http.listen", "localhost:1234"] for line in lines)
     assert lines[-1].split() == [
         *("engine/1", "vllm", "tcp://0.0.0.0:5558", "connect", "tcp://e:5658", "-", "-"),
-        *("replay_attempts=7", 'media={"odd":"hbm"}'),
+        *('media={"odd":"hbm"}', "replay_attempts=7"),
     ]
     assert shown.stderr.startswith("warning: source engine: tcp://0.0.0.0:5557 ")
 

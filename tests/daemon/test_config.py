@@ -20,7 +20,7 @@ from kvcensus.daemon.config import (
     WriterConfig,
 )
 from kvcensus.daemon.config.endpoints import Endpoint
-from kvcensus.daemon.engines import TRANSLATORS
+from kvcensus.daemon.engines import ENGINE_TRANSLATORS
 from kvcensus.translators.translation import ClearScope, HashJoin, TranslatorOptions
 
 
@@ -156,7 +156,7 @@ def test_an_ipc_engine_has_two_sockets() -> None:
 
 
 def test_every_type_has_a_translator() -> None:
-    assert TRANSLATORS.keys() == set(SourceType)
+    assert ENGINE_TRANSLATORS.keys() | {SourceType.DYNAMO} == set(SourceType)
 
 
 def test_reconnection_waits_are_in_order() -> None:

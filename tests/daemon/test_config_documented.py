@@ -16,6 +16,7 @@ from kvcensus.daemon.config import (
     HttpConfig,
     IndexConfig,
     LogConfig,
+    NatsConfig,
     QuarantineConfig,
     SourceConfig,
     WriterConfig,
@@ -33,8 +34,9 @@ HEADINGS: dict[str, type[msgspec.Struct]] = {
     "`[quarantine]`": QuarantineConfig,
     "`[log]`": LogConfig,
     "`[[sources]]`": SourceConfig,
+    "`[[nats]]`": NatsConfig,
 }
-DERIVED = {"name", "tokenizer"}
+DERIVED = {"name", "tokenizer", "connection"}
 """Settings whose default is made from another one."""
 
 
@@ -73,7 +75,8 @@ def test_every_example_is_a_configuration(tmp_path: Path) -> None:
     for number, example in enumerate(examples):
         file = tmp_path / f"{number}.toml"
         file.write_text(example)
-        assert load_config(file, {}).sources
+        config = load_config(file, {})
+        assert config.sources or config.nats
 
 
 @pytest.mark.parametrize("name", COMMANDS)

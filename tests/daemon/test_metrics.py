@@ -20,7 +20,7 @@ from kvcensus.daemon.counters import DropCause
 from kvcensus.daemon.status import Readiness, StreamState, Trust
 from kvcensus.translators.translation import RejectReason
 
-from .served import View, chain, status
+from .served import View, bus_status, chain, status
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 DECLARED = [metric for _, section in metrics.SECTIONS for metric in section]
@@ -76,7 +76,7 @@ def test_names_follow_the_conventions() -> None:
         assert not re.search(r"_(ms|us|kb|mb)(_|$)", metric.name)
         assert set(metric.labels) <= {
             *("source", "stream", "backend", "tier", "type", "reason", "state", "trust", "version", "python"),
-            "cause",
+            *("cause", "bus"),
         }
 
 
@@ -88,10 +88,21 @@ def test_every_value_of_a_closed_label_is_there_from_the_start(view: View) -> No
     assert values("kvcensus_stream_events_total", "type") == {"stored", "removed", "cleared"}
     assert values("kvcensus_stream_state", "state") == set(StreamState)
     assert values("kvcensus_stream_trust", "trust") == set(Trust)
+    assert values("kvcensus_bus_state", "state") == set(StreamState)
     assert values("kvcensus_backend_tier_records", "tier") == set(TIERS)
     assert values("kvcensus_quarantine_dropped_total", "cause") == set(DropCause)
     counters = {name for metric in DECLARED if metric.kind is metrics.Kind.COUNTER for name in [metric.name]}
     assert {value for (name, _), value in _scrape(view).items() if name in counters} == {0.0}
+
+
+def test_buses_show_their_counters_and_their_status(view: View) -> None:
+    view.followed_buses[0].counters.messages = 10
+    view.followed_buses[0].shown = bus_status(problem="the stream KV is missing")
+    scraped = {name: value for (name, labels), value in _scrape(view).items() if ("bus", "fleet") in labels}
+    assert scraped["kvcensus_bus_messages_total"] == 10
+    assert scraped["kvcensus_bus_workers"] == 16
+    assert scraped["kvcensus_bus_position"] == 99
+    assert scraped["kvcensus_bus_failing"] == 1
 
 
 def test_streams_show_their_counters_and_their_status(view: View) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import CacheTier
-from kvcensus.daemon.engines import TRANSLATORS
+from kvcensus.daemon.engines import ENGINE_TRANSLATORS
 from kvcensus.daemon.simulate.cache import CacheOptions, Held
 from kvcensus.daemon.simulate.rank import Rank, RankOptions
 from kvcensus.daemon.simulate.wire import FORMATS
@@ -36,7 +36,7 @@ def index_of(backend: MemoryBackend) -> Held:
 def follow(rank: Rank, messages: int, clears: ClearScope = ClearScope.ALL, engine: str = "vllm") -> None:
     """Translate and apply every message, and compare with the truth now and then."""
     backend = MemoryBackend()
-    translator = TRANSLATORS[engine](TranslatorOptions("w", "m", "m", clears=clears))
+    translator = ENGINE_TRANSLATORS[engine](TranslatorOptions("w", "m", "m", clears=clears))
     facts = 0
     unknown = 0
     for number in range(messages):

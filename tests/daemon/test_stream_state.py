@@ -147,6 +147,17 @@ def test_a_mute_replay_socket_ends_in_a_fence_not_in_a_hang() -> None:
     assert s.live(7, body(7), 3011) == [Apply(7, body(7))]
 
 
+def test_a_worker_of_which_nothing_is_believed_is_believed_again_once_a_replay_brings_all_of_its_life() -> None:
+    s = stream()
+    s.connected(0)
+    for now in (1010, 2020, 3030):
+        s.tick(now)
+    assert s.epoch == 1
+    s.disconnected(4000)
+    s.connected(4001)
+    assert kinds(s.replayed(0, body(0), 4002)) == ["NewEpoch", "Apply"]
+
+
 def test_a_number_that_goes_backwards_is_a_restart_once_the_replay_says_so() -> None:
     s = followed(10)
     assert s.live(0, body(0, "b"), 10) == [AskReplay(10)]
