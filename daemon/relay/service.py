@@ -16,11 +16,12 @@ from ..engines import ENGINE_TRANSLATORS
 from ..followed import FollowedStream
 from ..frame_queue import FrameQueue
 from ..logs import get_logger
+from ..sources.nats_connection import Backoff, NatsConnector
 from ..sources.zmq import ZmqIntake, ZmqOptions
 from ..status import Readiness
 from ..streams.state import StreamLimits
-from .connection import connector
 from .convention import Address
+from .envelopes import Envelopes
 from .metrics import install
 from .publisher import Publisher, PublisherOptions
 from .spool import Spool
@@ -50,17 +51,7 @@ class RelayService:
             self.spool,
             self.spooler,
             self.streams,
-            PublisherOptions(
-                stream=relay.stream,
-                prefix=relay.prefix,
-                alive_prefix=relay.alive_prefix,
-                window=relay.publish_window,
-                ack_timeout_ms=relay.ack_timeout_ms,
-                heartbeat_ms=relay.heartbeat_ms,
-                retry_min_ms=relay.connection.reconnect_min_ms,
-                retry_max_ms=relay.connection.reconnect_max_ms,
-            ),
-            connector(relay.connection),
+            Envelopes(self.spool.lineage, relay.stream, relay.prefix, relay.alive_prefix),
             RelayStream(
                 StreamOptions(
                     name=relay.stream,
@@ -71,7 +62,10 @@ class RelayService:
                     replicas=relay.stream_replicas,
                     duplicates_s=relay.stream_duplicates_s,
                 )
-            ).prepare,
+            ),
+            NatsConnector(relay.connection, "kvcensus relay"),
+            Backoff(relay.connection),
+            PublisherOptions(relay.publish_window, relay.ack_timeout_ms, relay.heartbeat_ms),
         )
         install(self.registry, self)
 

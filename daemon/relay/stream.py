@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
-from nats.aio.client import Client
-from nats.errors import Error as NatsError
-from nats.js.api import RetentionPolicy, StorageType, StreamConfig
-from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
 from ..logs import get_logger
+from ..sources.nats_connection import NatsConnection
+from ..sources.nats_problems import NatsProblem, NoAnswer
 from .convention import every_subject
-from .publisher import PublishProblem
 
-_ASK_S = 2.0
-"""How long to wait for what the server says of a stream. Who may not ask gets no answer, and publishes without."""
+_API = "$JS.API.STREAM"
+_NOT_FOUND = 404
+_NS = 1_000_000_000
 
 log = get_logger("relay")
 
@@ -30,52 +30,72 @@ class StreamOptions(msgspec.Struct, frozen=True):
     duplicates_s: int
 
 
+class _Error(msgspec.Struct):
+    code: int
+    err_code: int = 0
+    description: str = ""
+
+
+class _Answer(msgspec.Struct):
+    error: _Error | None = None
+
+
 class RelayStream:
-    """Looks after the stream on each connection."""
+    """Looks after the stream on each connection, and says what is wrong with it."""
 
     def __init__(self, options: StreamOptions) -> None:
         self._options = options
 
-    async def prepare(self, client: Client) -> None:
-        """Raises PublishProblem when the stream is not there and is not to be made, or cannot be."""
-        options = self._options
-        context = client.jetstream(timeout=_ASK_S)
+    async def prepare(self, connection: NatsConnection) -> None:
+        """Make the stream if it is missing and may be made. Raises NatsProblem when it is not there then."""
+        name = self._options.name
         try:
-            found = await context.stream_info(options.name)
-        except NotFoundError:
-            await self._create(client)
-        except ServiceUnavailableError as error:
-            raise PublishProblem("the server has no JetStream, or no leader for it") from error
-        except APIError as error:
-            raise PublishProblem(f"stream {options.name}: {error.description} (error {error.err_code})") from error
-        except (NatsError, TimeoutError) as error:
-            log.debug("stream_not_asked_for", stream=options.name, error=repr(error))
-        else:
-            self._check(found.config)
+            found = await self._ask(connection, "INFO", b"")
+        except NoAnswer as error:
+            raise NatsProblem(f"{connection.url} has no JetStream, or no leader for it") from error
+        except NatsProblem as problem:
+            if connection.is_lost:
+                raise
+            # Whoever may only publish needs no permission to ask.
+            log.debug("stream_not_asked_for", stream=name, reason=str(problem))
+            return
+        if found is None:
+            return
+        if found.code != _NOT_FOUND:
+            raise NatsProblem(f"stream {name}: {_sentence(found)}")
+        if not self._options.create:
+            raise NatsProblem(f"there is no stream {name} at {connection.url}: make it, or set create_stream = true")
+        refused = await self._ask(connection, "CREATE", msgspec.json.encode(self._config()))
+        if refused is not None:
+            raise NatsProblem(f"stream {name} cannot be made: {_sentence(refused)}")
+        log.info("stream_made", stream=name, subjects=[every_subject(self._options.prefix)])
 
-    def _check(self, config: StreamConfig) -> None:
-        if config.no_ack:
-            raise PublishProblem(f"stream {self._options.name} acknowledges nothing (no_ack)")
+    async def _ask(self, connection: NatsConnection, what: str, body: bytes) -> _Error | None:
+        answer = await connection.request(f"{_API}.{what}.{self._options.name}", body)
+        return msgspec.json.decode(answer, type=_Answer).error
 
-    async def _create(self, client: Client) -> None:
+    def _config(self) -> dict[str, Any]:
         options = self._options
-        if not options.create:
-            raise PublishProblem(f"stream {options.name} does not exist; make it, or set create_stream = true")
-        subjects = [every_subject(options.prefix)]
-        config = StreamConfig(
-            name=options.name,
-            subjects=subjects,
-            retention=RetentionPolicy.LIMITS,
-            storage=StorageType.FILE,
-            max_age=options.max_age_s,
-            max_bytes=options.max_bytes or -1,
-            num_replicas=options.replicas,
-            duplicate_window=options.duplicates_s,
-        )
-        try:
-            await client.jetstream(timeout=_ASK_S).add_stream(config)
-        except APIError as error:
-            raise PublishProblem(f"stream {options.name} cannot be made: {error.description}") from error
-        except (NatsError, TimeoutError) as error:
-            raise PublishProblem(f"stream {options.name} cannot be made: {error or 'no answer'}") from error
-        log.info("stream_made", stream=options.name, subjects=subjects)
+        return {
+            "name": options.name,
+            "subjects": [every_subject(options.prefix)],
+            "retention": "limits",
+            "storage": "file",
+            "discard": "old",
+            "max_age": options.max_age_s * _NS,
+            "max_bytes": options.max_bytes or -1,
+            "num_replicas": options.replicas,
+            "duplicate_window": options.duplicates_s * _NS,
+        }
+
+    def not_taken(self, subject: str) -> str:
+        """Nobody answered a message."""
+        return f"no JetStream stream takes {subject}: {self._options.name} has other subjects, or no leader now"
+
+    def refused(self, subject: str, code: int, description: str) -> str:
+        """The server answered a message with an error."""
+        return f"stream {self._options.name} does not take {subject}: {description} (error {code})"
+
+
+def _sentence(error: _Error) -> str:
+    return f"{error.description} (error {error.err_code or error.code})"

@@ -137,11 +137,13 @@ class NatsConnection:
             asked.cancel()
             refused.cancel()
 
-    async def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
+    async def publish(
+        self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
         """Send a message. Raises NatsProblem without a connection."""
         self._note(subject)
         try:
-            await self.client.publish(subject, payload, reply)
+            await self.client.publish(subject, payload, reply, headers)
         except (errors.Error, OSError) as error:
             raise NatsProblem(self._failed(error)) from error
 
