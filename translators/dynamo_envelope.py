@@ -87,6 +87,18 @@ class Opened(Struct):
     first: int = 0
     rejections: list[Rejection] = []
 
+    @property
+    def lineage(self) -> str:
+        """Who numbers, "" for a message without an envelope.
+
+        Up to 1.2 the publishers of a process share the worker's id and each numbers on its own; each has one rank.
+        """
+        if self.publisher_id is None:
+            return ""
+        if len(self.addresses) == 1 and self.addresses[0].worker == self.publisher_id:
+            return f"{self.publisher_id}/{self.addresses[0].rank}"
+        return str(self.publisher_id)
+
 
 class Envelope(Struct):
     """What the event plane wraps around a payload."""

@@ -50,6 +50,20 @@ def test_an_envelope_tells_publisher_sequence_time_and_topic() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("payload", "lineage"),
+    [
+        (envelope([GOOD], BIG), str(BIG)),
+        (envelope(event(stored(1), worker=BIG, rank=3), BIG), f"{BIG}/3"),
+        (envelope([], BIG), str(BIG)),
+        (in_json(GOOD), ""),
+    ],
+    ids=["a publisher of its own", "a worker's, one a rank", "nobody's events", "no envelope"],
+)
+def test_the_lineage_is_whose_numbers_they_are(payload: bytes, lineage: str) -> None:
+    assert opened(payload).lineage == lineage
+
+
 @pytest.mark.parametrize("inner", [pack(GOOD), in_json(GOOD)], ids=["msgpack", "json"])
 def test_one_event_needs_no_array(inner: bytes) -> None:
     assert opened(envelope(inner)).addresses == [DynamoAddress(7, 0)]
