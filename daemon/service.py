@@ -18,6 +18,7 @@ from kvcensus.backends.model import ClearBlocks, Cursor
 
 from .claims import Claims
 from .config import BackendKind, Config, NatsConfig, OnCorrupt, OnFence, OnHole, SourceConfig, StreamConfig
+from .config.endpoints import Endpoint
 from .counters import HttpCounters, QuarantineCounters, WriterCounters
 from .engines import ENGINE_TRANSLATORS
 from .followed import Followed, FollowedStream
@@ -27,7 +28,8 @@ from .metrics import install
 from .quarantine import Quarantine, QuarantineLimits
 from .sources.bus_source import BusSettings, BusSource
 from .sources.nats import NatsIntake
-from .sources.zmq import ZmqIntake, ZmqOptions
+from .sources.zmq import ZmqIntake
+from .sources.zmq_sockets import ZmqOptions
 from .status import BusFigures, Readiness, StreamCounters, StreamStatus, Trust
 from .streams.bus import BusLimits
 from .streams.state import StreamLimits
@@ -57,7 +59,7 @@ class Service:
         self._intake = ZmqIntake(self._queue)
         self._nats = NatsIntake(self._queue)
         self._claims = Claims()
-        self._buses: dict[str, tuple[NatsConfig, BusSource]] = {}
+        self._buses: dict[str, tuple[SourceConfig | NatsConfig, BusSource]] = {}
         self._streams: dict[str, tuple[SourceConfig, FollowedStream]] = {}
         self.http_counters = HttpCounters()
         install(self.registry, self)
@@ -76,13 +78,13 @@ class Service:
         """Drop what unconfigured streams left, then follow the configured ones from their cursors."""
         cursors = self.backend.cursors()
         wanted = {stream.stream for _, stream in self._config.streams()}
-        buses = {bus.name for bus in self._config.nats}
+        buses = {bus.name for bus in self._config.buses()}
         for name in sorted(cursors.keys() - wanted):
             if cursors[name].source not in buses:
                 self._drop_unconfigured(cursors[name])
         for source, stream in self._config.streams():
             self._follow(source, stream, cursors.get(stream.stream))
-        for bus in self._config.nats:
+        for bus in self._config.buses():
             self._follow_bus(bus, cursors.values())
         self._writer.start()
         self._intake.start()
@@ -118,25 +120,27 @@ class Service:
         )
         self._streams = {**self._streams, stream.stream: (source, followed)}
         self._claims.claim(stream.stream, stream.source)
-        options = ZmqOptions(
-            endpoint=stream.endpoint,
-            replay_endpoint=stream.replay_endpoint,
-            topic=source.topic,
-            bind=source.bind,
-            receive_hwm=source.receive_hwm,
-            max_message_bytes=source.max_message_bytes,
-            reconnect_min_ms=source.reconnect_min_ms,
-            reconnect_max_ms=source.reconnect_max_ms,
-            heartbeat_ms=source.heartbeat_ms,
-            curve_server_key_file=source.curve_server_key_file,
-            curve_secret_key_file=source.curve_secret_key_file,
-        )
+        options = _zmq_options(source, stream.endpoint, stream.replay_endpoint)
         self._intake.add(followed, options)
 
-    def _follow_bus(self, config: NatsConfig, cursors: Iterable[Cursor]) -> None:
+    def _follow_bus(self, config: SourceConfig | NatsConfig, cursors: Iterable[Cursor]) -> None:
         bus = BusSource(_bus_settings(config), cursors, self._claims)
         self._buses = {**self._buses, config.name: (config, bus)}
-        self._nats.add(bus, config)
+        if isinstance(config, NatsConfig):
+            self._nats.add(bus, config)
+        else:
+            self._intake.add_bus(bus, _zmq_options(config, str(Endpoint.parse(config.endpoint))))
+
+    def _leave_bus(self, config: SourceConfig | NatsConfig, bus: BusSource, *, retire: bool) -> None:
+        """Returns once all that the bus brought is committed."""
+        committed = threading.Event()
+        if isinstance(config, NatsConfig):
+            self._nats.remove(bus.name, retire=retire, committed=Barrier(committed))
+        else:
+            self._intake.remove_bus(bus, retire=retire, committed=Barrier(committed))
+        if not committed.wait(_RELOAD_WAIT_S):
+            log.warning("reload_not_settled", waited_s=_RELOAD_WAIT_S)
+        bus.close()
 
     def reload(self, config: Config) -> list[str]:
         """Follow new sources, drop removed ones, and take changed ones up from where they are.
@@ -168,22 +172,18 @@ class Service:
 
     def _reload_buses(self, config: Config) -> None:
         """A changed bus is taken up from what is committed of it, a removed one is dropped with its workers."""
-        wanted = {bus.name: bus for bus in config.nats}
+        wanted = {bus.name: bus for bus in config.buses()}
         current = dict(self._buses)
         changed = {name for name, (bus, _) in current.items() if name in wanted and wanted[name] != bus}
         self._buses = {name: bus for name, bus in current.items() if name in wanted and name not in changed}
-        for name, (_, bus) in current.items():
+        for name, (one, bus) in current.items():
             if name not in self._buses:
                 log.info("bus_dropped" if name not in wanted else "bus_changed", bus=name)
-                committed = threading.Event()
-                self._nats.remove(name, retire=name not in wanted, committed=Barrier(committed))
-                if not committed.wait(_RELOAD_WAIT_S):
-                    log.warning("reload_not_settled", waited_s=_RELOAD_WAIT_S)
-                bus.close()
+                self._leave_bus(one, bus, retire=name not in wanted)
         cursors = list(self.backend.cursors().values()) if changed else []
-        for name, one in wanted.items():
+        for name, config_of in wanted.items():
             if name not in self._buses:
-                self._follow_bus(one, cursors if name in changed else ())
+                self._follow_bus(config_of, cursors if name in changed else ())
 
     def _settle(self) -> None:
         """Wait until all that was received is committed, so that cursors say how far each stream is."""
@@ -254,18 +254,44 @@ class Service:
         return self._queue.depth()
 
 
-def _bus_settings(config: NatsConfig) -> BusSettings:
+def _bus_settings(config: SourceConfig | NatsConfig) -> BusSettings:
+    if isinstance(config, NatsConfig):
+        return BusSettings(
+            name=config.name,
+            cursor=config.cursor(),
+            endpoints=config.connection.servers,
+            jetstream=config.stream,
+            limits=BusLimits(config.lease_ms, config.silent_lease_ms, bool(config.stream)),
+            max_workers=config.max_workers,
+            worker_prefix=config.worker_prefix,
+            stale_after_ms=config.stale_after_ms,
+            events=config,
+            type=config.type,
+        )
     return BusSettings(
         name=config.name,
         cursor=config.cursor(),
-        endpoints=config.connection.servers,
-        jetstream=config.stream,
-        limits=BusLimits(config.lease_ms, config.silent_lease_ms, bool(config.stream)),
-        max_workers=config.max_workers,
-        worker_prefix=config.worker_prefix,
+        endpoints=(config.endpoint,),
+        limits=BusLimits(config.lease_ms),
         stale_after_ms=config.stale_after_ms,
         events=config,
         type=config.type,
+    )
+
+
+def _zmq_options(source: SourceConfig, endpoint: str, replay_endpoint: str = "") -> ZmqOptions:
+    return ZmqOptions(
+        endpoint=endpoint,
+        replay_endpoint=replay_endpoint,
+        topic=source.topic,
+        bind=source.bind,
+        receive_hwm=source.receive_hwm,
+        max_message_bytes=source.max_message_bytes,
+        reconnect_min_ms=source.reconnect_min_ms,
+        reconnect_max_ms=source.reconnect_max_ms,
+        heartbeat_ms=source.heartbeat_ms,
+        curve_server_key_file=source.curve_server_key_file,
+        curve_secret_key_file=source.curve_secret_key_file,
     )
 
 

@@ -41,7 +41,7 @@ _WORD_MAX = 2**64 - 1
 _FRAMES = 4
 _WORD_BYTES = 8
 _FRAME_VERSION = 1
-_FRAME_HEADER_BYTES = 5
+FRAME_HEADER_BYTES = 5
 
 Word = Annotated[int, Meta(ge=0)]
 """An unsigned integer; of msgpack, of 64 bits."""
@@ -206,9 +206,9 @@ def open_dynamo_frames(frames: list[bytes]) -> Opened | Rejection:
         return _refused("a publisher or sequence number that is not of 8 bytes", "frames[1]", b"".join(frames))
     if not framed or framed[0] != _FRAME_VERSION:
         return _refused(f"a frame that does not begin with its version, {_FRAME_VERSION}", "frames[3]", framed)
-    if int.from_bytes(framed[1:_FRAME_HEADER_BYTES], "big") != len(framed) - _FRAME_HEADER_BYTES:
+    if int.from_bytes(framed[1:FRAME_HEADER_BYTES], "big") != len(framed) - FRAME_HEADER_BYTES:
         return _refused(f"a frame of {len(framed)} bytes that says another length of itself", "frames[3]", framed)
-    opened = open_dynamo(framed[_FRAME_HEADER_BYTES:])
+    opened = open_dynamo(framed[FRAME_HEADER_BYTES:])
     if isinstance(opened, Rejection):
         return opened
     numbers = (int.from_bytes(publisher, "big"), int.from_bytes(sequence, "big"))

@@ -227,9 +227,9 @@ class Config(Section, frozen=True):
                 raise InvalidValue(
                     f"{at}.max_message_bytes", "more than writer.queue_max_bytes: it could never be queued"
                 )
-            for stream in source.streams():
-                if (other := followed.setdefault((stream.endpoint, source.topic), number)) != number:
-                    raise InvalidValue(f"{at}.endpoint", f"{stream.endpoint} is already followed by sources[{other}]")
+            for endpoint in [source.endpoint] if source.is_bus else [one.endpoint for one in source.streams()]:
+                if (other := followed.setdefault((endpoint, source.topic), number)) != number:
+                    raise InvalidValue(f"{at}.endpoint", f"{endpoint} is already followed by sources[{other}]")
             if (other := names.setdefault(source.name, number)) != number:
                 raise InvalidValue(f"{at}.name", f"{source.name!r} is already that of sources[{other}]")
         self._check_names(names)
@@ -252,6 +252,10 @@ class Config(Section, frozen=True):
         for source in self.sources:
             for stream in source.streams():
                 yield source, stream
+
+    def buses(self) -> list[SourceConfig | NatsConfig]:
+        """Everything to follow whose messages say of which worker they are."""
+        return [*(source for source in self.sources if source.is_bus), *self.nats]
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, one sentence each."""

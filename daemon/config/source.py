@@ -104,6 +104,18 @@ class SourceConfig(Translated, frozen=True, kw_only=True):
             raise InvalidValue("reconnect_max_ms", f"less than reconnect_min_ms ({self.reconnect_min_ms})")
         self._check_replay(endpoint)
         self._check_curve()
+        if self.is_bus and (self.replay_endpoint or self.ranks):
+            key = "replay_endpoint" if self.replay_endpoint else "ranks"
+            raise InvalidValue(key, "does not go with type dynamo: its messages say their rank, and have no replay")
+
+    @property
+    def is_bus(self) -> bool:
+        """Whether the messages say of which worker they are."""
+        return self.type is SourceType.DYNAMO
+
+    def cursor(self) -> str:
+        """The name of the cursor of a bus."""
+        return f"zmq:{self.name}"
 
     def _check_curve(self) -> None:
         if self.curve_secret_key_file and not self.curve_server_key_file:
@@ -168,7 +180,9 @@ class SourceConfig(Translated, frozen=True, kw_only=True):
         return endpoint
 
     def streams(self) -> list[StreamConfig]:
-        """The streams of this source, in the order of their ranks."""
+        """The streams of this source, in the order of their ranks. A bus brings its own."""
+        if self.is_bus:
+            return []
         endpoint = Endpoint.parse(self.endpoint)
         replay = Endpoint.parse(self.replay_endpoint) if self.replay_endpoint else None
         ranks: list[int | None] = list(range(self.ranks)) if self.ranks else [None]

@@ -24,6 +24,7 @@ from ..status import BusStatus, StreamState
 from ..streams.bus import Bus, BusLimits, Verdicts, WorkerLife, key_of
 from ..streams.delivery import Delivery
 from ..streams.verdicts import Apply, Fence, NewEpoch, Retire
+from .opening import Opening
 
 _LOG_EVERY_MS = 10_000
 
@@ -36,13 +37,13 @@ class BusSettings(msgspec.Struct, frozen=True):
     name: str
     cursor: str
     endpoints: tuple[str, ...]
-    jetstream: str
     limits: BusLimits
-    max_workers: int
-    worker_prefix: str
     stale_after_ms: int
     events: Translated
     type: SourceType
+    jetstream: str = ""
+    max_workers: int = 1024
+    worker_prefix: str = ""
 
 
 class BusSource:
@@ -131,20 +132,21 @@ class BusSource:
             log.error("bus_problem", bus=self.name, detail=problem)
         self.problem = problem
 
-    def receive(self, message: list[Delivery]) -> list[Item]:
-        """What a message comes to. It concerns at least one worker."""
-        items = self._items(self.bus.receive(message, monotonic_ms()))
-        for delivery in message:
-            self._settle_translator(delivery)
+    def take(self, opening: Opening, payload: bytes) -> list[Item]:
+        """What a message comes to."""
+        deliveries, rejections = opening
+        items: list[Item] = []
+        if deliveries:
+            items = self._items(self.bus.receive(deliveries, monotonic_ms()))
+            for delivery in deliveries:
+                self._settle_translator(delivery)
+        if rejections:
+            seq = deliveries[0].seq if deliveries else -1
+            items += [(self.position, Refuse(seq, payload, rejection)) for rejection in rejections]
+            if deliveries:
+                reason = "part of a message could not be read: it may have been about this worker"
+                items += self._items(self.bus.torn(deliveries[0], reason))
         return items
-
-    def torn(self, head: Delivery) -> list[Item]:
-        """Part of a message cannot be read, and nobody knows whose it was."""
-        return self._items(self.bus.torn(head, "part of a message could not be read: it may have been this worker's"))
-
-    def refuse(self, seq: int, payload: bytes, rejection: Rejection) -> list[Item]:
-        """A message, or part of one, that says of no worker that it is its own."""
-        return [(self.position, Refuse(seq, payload, rejection))]
 
     def lost(self, reason: str) -> list[Item]:
         """The bus has lost messages, and nobody knows whose."""

@@ -9,129 +9,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import reduce
-from operator import or_
 from queue import Empty, SimpleQueue
 
-import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
-from ..credentials import CredentialError, read_curve_keys
+from ..credentials import CredentialError
 from ..followed import FollowedStream, monotonic_ms
 from ..frame_queue import Barrier, FrameQueue, Item
 from ..logs import get_logger
 from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, Retire, StopReplay, Verdict
+from .bus_source import BusSource
+from .zmq_bus import BusLink
+from .zmq_sockets import BURST_MESSAGES, Change, LiveSocket, ZmqOptions
 
 _END_OF_REPLAY = b"\xff" * 8
 _POLL_MS = 50
-_BURST_MESSAGES = 256
-_HANDSHAKE_FAILED: dict[int, str] = {
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the connection ended in it",
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "not the same protocol, or keys that do not fit",
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "the other side refuses our key",
-}
-_MONITORED = reduce(or_, _HANDSHAKE_FAILED, zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED)
 
 log = get_logger("zmq")
 
 
-class ZmqOptions(msgspec.Struct, frozen=True):
-    """How to reach one publisher. `replay_endpoint` empty: none. Sizes in messages and bytes, times in ms."""
-
-    endpoint: str
-    replay_endpoint: str = ""
-    topic: str = ""
-    bind: bool = False
-    receive_hwm: int = 100_000
-    max_message_bytes: int = 64 << 20
-    reconnect_min_ms: int = 100
-    reconnect_max_ms: int = 5_000
-    heartbeat_ms: int = 5_000
-    curve_server_key_file: str = ""
-    curve_secret_key_file: str = ""
-
-
-class _Link:
+class _Link(LiveSocket):
     """The sockets of one stream."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], stream: FollowedStream, options: ZmqOptions) -> None:
         self.stream = stream
-        self.options = options
-        self._context = context
-        self.topic = options.topic.encode()
-        self._curve = (
-            read_curve_keys(options.curve_server_key_file, options.curve_secret_key_file)
-            if options.curve_server_key_file
-            else None
-        )
         self.replay: zmq.Socket[bytes] | None = None
-        self.live, self.monitor = self._open_live()
-        self.reopen_at_ms = 0
-        self._connected_at_ms = 0
-        self._wait_ms = options.reconnect_min_ms
-
-    def _open_live(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        live = self._socket(zmq.SUB)
-        live.setsockopt(zmq.SUBSCRIBE, self.topic)
-        monitor = live.get_monitor_socket(_MONITORED)
-        try:
-            if self.options.bind:
-                live.bind(self.options.endpoint)
-            else:
-                live.connect(self.options.endpoint)
-        except zmq.ZMQError:
-            self._close_live(live, monitor)
-            raise
-        return live, monitor
-
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        options = self.options
-        socket = self._context.socket(kind)
-        socket.linger = 0
-        socket.rcvhwm = options.receive_hwm
-        socket.maxmsgsize = options.max_message_bytes
-        socket.reconnect_ivl = options.reconnect_min_ms
-        socket.reconnect_ivl_max = options.reconnect_max_ms
-        if self._curve is not None:
-            socket.curve_serverkey = self._curve.server
-            socket.curve_publickey = self._curve.public
-            socket.curve_secretkey = self._curve.secret
-        if options.heartbeat_ms and not options.endpoint.startswith("inproc://"):
-            socket.heartbeat_ivl = options.heartbeat_ms
-            socket.heartbeat_timeout = 3 * options.heartbeat_ms
-        return socket
-
-    def connected(self, now: int) -> None:
-        self.reopen_at_ms = 0
-        self._connected_at_ms = now
-
-    def disconnected(self, now: int) -> None:
-        """libzmq reconnects after a lost connection, but not after a message that broke the protocol or the size limit.
-
-        A new socket always does. A publisher that breaks each new connection at once is tried ever more slowly.
-        """
-        if self.options.bind:
-            return
-        lasted_ms = now - self._connected_at_ms
-        least, most = self.options.reconnect_min_ms, self.options.reconnect_max_ms
-        self._wait_ms = least if lasted_ms > most else min(most, 2 * self._wait_ms)
-        self.reopen_at_ms = now + self._wait_ms
-
-    def reopen(self) -> None:
-        self.reopen_at_ms = 0
-        self._close_live(self.live, self.monitor)
-        self.live, self.monitor = self._open_live()
-
-    @staticmethod
-    def _close_live(live: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
-        live.disable_monitor()
-        monitor.close()
-        live.close()
+        super().__init__(context, options)
 
     def ask(self, start: int) -> None:
         self.stop_replay()
-        self.replay = self._socket(zmq.DEALER)
+        self.replay = self.socket(zmq.DEALER)
         self.replay.connect(self.options.replay_endpoint)
         self.replay.send_multipart([b"", start.to_bytes(8, "big")])
 
@@ -142,7 +49,7 @@ class _Link:
 
     def close(self) -> None:
         self.stop_replay()
-        self._close_live(self.live, self.monitor)
+        super().close()
 
 
 class ZmqIntake(threading.Thread):
@@ -153,6 +60,7 @@ class ZmqIntake(threading.Thread):
         self._queue = queue
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, _Link] = {}
+        self._buses: dict[str, BusLink] = {}
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
         self._out: list[Item] = []
@@ -162,6 +70,14 @@ class ZmqIntake(threading.Thread):
     def add(self, stream: FollowedStream, options: ZmqOptions) -> None:
         """Follow a stream. An endpoint that cannot be used is logged and tried again until it can."""
         self._commands.put(lambda: self._open(stream, options))
+
+    def add_bus(self, bus: BusSource, options: ZmqOptions) -> None:
+        """Follow a bus: an endpoint that brings messages of workers by their own word."""
+        self._commands.put(lambda: self._open_bus(bus, options))
+
+    def remove_bus(self, bus: BusSource, *, retire: bool, committed: Barrier) -> None:
+        """Stop following a bus; `retire` also drops its workers. `committed` is queued behind all of it."""
+        self._commands.put(lambda: self._close_bus(bus, retire, committed))
 
     def remove(self, name: str, *, retire: bool) -> None:
         """Stop following a stream; `retire` also drops what its worker holds."""
@@ -183,20 +99,23 @@ class ZmqIntake(threading.Thread):
             self.error = error
             log.critical("intake_failed", error=repr(error), exc_info=True)
         finally:
-            for link in self._links.values():
+            for link in (*self._links.values(), *self._buses.values()):
                 link.close()
             self._context.destroy(linger=0)
 
     def _step(self) -> None:
         self._obey()
         poller = zmq.Poller()
+        for socket in (*self._links.values(), *self._buses.values()):
+            poller.register(socket.live, zmq.POLLIN)
+            poller.register(socket.monitor, zmq.POLLIN)
         for link in self._links.values():
-            poller.register(link.live, zmq.POLLIN)
-            poller.register(link.monitor, zmq.POLLIN)
             if link.replay is not None:
                 poller.register(link.replay, zmq.POLLIN)
         ready = {socket for socket, _ in poller.poll(_POLL_MS)}
         now = monotonic_ms()
+        for bus in self._buses.values():
+            self._out += bus.step(now, bus.live in ready)
         for link in list(self._links.values()):
             self._read_monitor(link, now)
             if link.replay is not None and link.replay in ready:
@@ -225,18 +144,34 @@ class ZmqIntake(threading.Thread):
         try:
             self._links[stream.stream] = _Link(self._context, stream, options)
         except (zmq.ZMQError, CredentialError) as error:
-            log.error(
-                "endpoint_unusable",
-                source=stream.source,
-                stream=stream.stream,
-                endpoint=options.endpoint,
-                error=str(error),
-            )
-            timer = threading.Timer(options.reconnect_max_ms / 1000, self.add, (stream, options))
-            timer.daemon = True
-            timer.start()
+            self._try_later(stream.stream, options, error, lambda: self.add(stream, options))
             return
         log.info("stream_opened", source=stream.source, stream=stream.stream, endpoint=options.endpoint)
+
+    def _open_bus(self, bus: BusSource, options: ZmqOptions) -> None:
+        try:
+            self._buses[bus.name] = BusLink(self._context, bus, options)
+        except (zmq.ZMQError, CredentialError) as error:
+            bus.fail(str(error))
+            self._try_later(bus.name, options, error, lambda: self.add_bus(bus, options))
+            return
+        log.info("bus_opened", bus=bus.name, endpoint=options.endpoint)
+
+    @staticmethod
+    def _try_later(name: str, options: ZmqOptions, error: Exception, again: Callable[[], None]) -> None:
+        log.error("endpoint_unusable", stream=name, endpoint=options.endpoint, error=str(error))
+        timer = threading.Timer(options.reconnect_max_ms / 1000, again)
+        timer.daemon = True
+        timer.start()
+
+    def _close_bus(self, bus: BusSource, retire: bool, committed: Barrier) -> None:
+        link = self._buses.pop(bus.name, None)
+        if link is not None:
+            link.close()
+        if retire:
+            self._out += bus.retire()
+        self._out.append((bus.position, committed))
+        self._flush()
 
     def _close(self, name: str, retire: bool) -> None:
         link = self._links.pop(name, None)
@@ -252,13 +187,12 @@ class ZmqIntake(threading.Thread):
 
         Without a replay socket nothing can be fetched again, so what the lost connection still brought comes first.
         """
-        while link.monitor.poll(0):
-            message = recv_monitor_message(link.monitor)
-            if message["event"] == zmq.Event.HANDSHAKE_SUCCEEDED:
+        for change, failed in link.changes():
+            if change is Change.MADE:
                 link.connected(now)
                 self._carry_out(link, link.stream.state.connected(now))
             else:
-                if failed := _HANDSHAKE_FAILED.get(message["event"]):
+                if failed:
                     self._note_failed_handshake(link, failed)
                 if not link.options.replay_endpoint:
                     self._read_live(link, now, most=link.options.receive_hwm)
@@ -277,7 +211,7 @@ class ZmqIntake(threading.Thread):
             curve=bool(link.options.curve_server_key_file),
         )
 
-    def _read_live(self, link: _Link, now: int, most: int = _BURST_MESSAGES) -> None:
+    def _read_live(self, link: _Link, now: int, most: int = BURST_MESSAGES) -> None:
         receive = link.live.recv_multipart
         stream = link.stream
         intake = stream.intake
@@ -301,7 +235,7 @@ class ZmqIntake(threading.Thread):
     def _read_replay(self, link: _Link, now: int) -> None:
         state = link.stream.state
         socket = link.replay
-        for _ in range(_BURST_MESSAGES):
+        for _ in range(BURST_MESSAGES):
             if socket is None or link.replay is not socket:
                 return
             try:

@@ -22,7 +22,8 @@ from kvcensus.backends.model import MAX_HASH_BYTES, Operation, RemoveBlocks, Sto
 from kvcensus.daemon.followed import FollowedStream
 from kvcensus.daemon.frame_queue import FrameQueue, Item
 from kvcensus.daemon.recording import Recording, RecordingError
-from kvcensus.daemon.sources.zmq import ZmqIntake, ZmqOptions
+from kvcensus.daemon.sources.zmq import ZmqIntake
+from kvcensus.daemon.sources.zmq_sockets import ZmqOptions
 from kvcensus.daemon.streams.state import StreamLimits
 from kvcensus.translators.sglang import SglangTranslator
 from kvcensus.translators.translation import RejectReason, Translation, TranslatorOptions
@@ -62,13 +63,14 @@ def translator() -> Target:
 
     def run(payload: bytes) -> None:
         for one in translators:
-            _check(one.translate(payload, 0), payload)
-            _check(one.translate(payload, 1), payload)
+            check_translation(one.translate(payload, 0), payload)
+            check_translation(one.translate(payload, 1), payload)
 
     return Target(captured_payloads(), MSGPACK_LIES, run, packed=True)
 
 
-def _check(result: Translation, payload: bytes) -> None:
+def check_translation(result: Translation, payload: bytes) -> None:
+    """Its counts, times and rejections are within bounds, and its operations keep the backend's contract."""
     events = result.stored_events + result.removed_events + result.cleared_events
     assert events == len(result.operations)
     assert 0 <= result.engine_ms < 1 << 63
