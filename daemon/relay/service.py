@@ -17,7 +17,8 @@ from ..followed import FollowedStream
 from ..frame_queue import FrameQueue
 from ..logs import get_logger
 from ..sources.nats_connection import Backoff, NatsConnector
-from ..sources.zmq import ZmqIntake, ZmqOptions
+from ..sources.zmq import ZmqIntake
+from ..sources.zmq_sockets import ZmqOptions
 from ..status import Readiness
 from ..streams.state import StreamLimits
 from .convention import Address
