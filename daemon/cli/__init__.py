@@ -18,6 +18,7 @@ EXIT_BROKEN_PIPE = 141
 
 COMMANDS = {
     "run": "Follow engines, keep the index, answer over HTTP.",
+    "relay": "Publish engines' messages to JetStream, through a spool on disk.",
     "check": "Say what a configuration would run, or what is wrong with it.",
     "query": "Ask a running daemon: match, locate, children, workers, streams.",
     "snapshot": "Write the whole index as JSON lines.",

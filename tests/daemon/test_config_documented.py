@@ -18,6 +18,7 @@ from kvcensus.daemon.config import (
     LogConfig,
     NatsConfig,
     QuarantineConfig,
+    RelayConfig,
     SourceConfig,
     WriterConfig,
     load_config,
@@ -35,6 +36,7 @@ HEADINGS: dict[str, type[msgspec.Struct]] = {
     "`[log]`": LogConfig,
     "`[[sources]]`": SourceConfig,
     "`[[nats]]`": NatsConfig,
+    "`[relay]`": RelayConfig,
 }
 DERIVED = {"name", "tokenizer", "connection"}
 """Settings whose default is made from another one."""
