@@ -194,6 +194,11 @@ class FollowedWorker(Followed):
             stale_after_ms=stale_after_ms,
         )
 
+    def status(self) -> StreamStatus:
+        """The stream as of its last commit. Its bus tells all of its streams at once what it is doing."""
+        self.note_state()
+        return super().status()
+
     def _trust(self, cursor: Cursor, state: StreamState) -> tuple[Trust, str, int]:
         trust, reason, since_ms = super()._trust(cursor, state)
         if trust is Trust.FRESH and not self._life.proven:

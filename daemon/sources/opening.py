@@ -46,7 +46,7 @@ def open_deliveries(opened: Opened, payload: bytes, prefix: str) -> Opening:
 
     Several events of one worker without an envelope have no number of their own.
     """
-    lineage = "" if opened.publisher_id is None else str(opened.publisher_id)
+    lineage = opened.lineage
     deliveries = []
     for address, (low, high) in zip(opened.addresses, opened.event_ids):
         seq = opened.sequence
