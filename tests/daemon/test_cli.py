@@ -85,11 +85,11 @@ def test_completion_offers_commands_without_importing_them(tmp_path: Path) -> No
         "try: main(prog_name='kvcensus')\n"
         "finally: print(sorted(sys.modules), file=sys.stderr)"
     )
-    environ = {"_KVCENSUS_COMPLETE": "bash_complete", "COMP_WORDS": "kvcensus re", "COMP_CWORD": "1"}
+    environ = {"_KVCENSUS_COMPLETE": "bash_complete", "COMP_WORDS": "kvcensus rec", "COMP_CWORD": "1"}
     ended = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True, check=False
     )
-    assert ended.stdout.split() == ["plain,record", "plain,replay"]
+    assert ended.stdout.split() == ["plain,record"]
     assert "kvcensus.daemon.cli.record" not in ended.stderr
 
 
