@@ -20,6 +20,7 @@ from kvcensus.backends.model import (
 
 from .dynamo_envelope import (
     CACHE_OWNER,
+    WORKER,
     Addressed,
     DynamoAddress,
     EventDecoder,
@@ -31,7 +32,7 @@ from .dynamo_envelope import (
 from .events import BadEvent
 from .hashes import HASHES_MAX, PATTERN_BYTES, BadHash, hash_bytes, hashes_bytes
 from .media import Media
-from .translation import Rejection, RejectReason, Translation, TranslatorOptions, worker_id_of
+from .translation import ClearScope, Rejection, RejectReason, Translation, TranslatorOptions, worker_id_of
 from .wire import UNDECODABLE, Rank, explained
 
 POSITION_MAX = 1 << 30
@@ -95,7 +96,8 @@ _router_events = EventDecoder(RouterEvent)
 class DynamoTranslator:
     """Translates what concerns one address in the messages of Dynamo. See `translation.Translator`.
 
-    Of the options, `clears` and `hash_join` make no difference: a clear is of every tier and every hash an integer.
+    Of the options, `hash_join` makes no difference: every hash is an integer. `clears` is about engines, and makes none
+    for a cache owner.
     """
 
     def __init__(self, options: TranslatorOptions, address: DynamoAddress) -> None:
@@ -104,6 +106,8 @@ class DynamoTranslator:
         self._media = Media(options.media)
         self._worker_id = worker_id_of(options.worker, address.rank)
         tenant = options.tenant_id or UNKNOWN_SCOPE
+        device_only = options.clears is ClearScope.DEVICE and address.domain == WORKER
+        self._cleared_tier = CacheTier.HBM if device_only else None
         self._scope = IdentityScope(options.model_id, options.tokenizer_id, UNKNOWN_SCOPE, tenant)
 
     def translate(self, payload: bytes, facts: int) -> Translation:
@@ -162,7 +166,7 @@ class DynamoTranslator:
         if isinstance(data, str):
             if data != _CLEARED:
                 raise _unknown_kind(f"an event of the unknown kind {data[:_SHOWN_MAX]!r}")
-            operation = ClearBlocks(self._worker_id)
+            operation = ClearBlocks(self._worker_id, self._cleared_tier)
             result.cleared_events += 1
         elif (data.stored, data.removed, data.tier_cleared, data.cleared).count(msgspec.UNSET) != _KINDS - 1:
             raise BadEvent(RejectReason.EVENT_SHAPE, "event.data", "an event must be of one kind")
@@ -177,7 +181,7 @@ class DynamoTranslator:
             operation = ClearBlocks(self._worker_id, self._tier(data.tier_cleared, "event.data.tier_cleared"))
             result.cleared_events += 1
         else:
-            operation = ClearBlocks(self._worker_id)
+            operation = ClearBlocks(self._worker_id, self._cleared_tier)
             result.cleared_events += 1
         result.operations.append(operation)
 

@@ -166,10 +166,15 @@ _decode_json_items = msgspec.json.Decoder(Annotated[list[Raw], Meta(max_length=E
 
 
 def open_dynamo(payload: bytes) -> Opened | Rejection:
-    """Open a message of Dynamo's event plane. Never raises. An envelope is opened even if nothing in it can be read."""
+    """Open a message of Dynamo's event plane. Never raises.
+
+    An envelope is opened even if nothing in it can be read. One of another topic than KV events, as a broker of the
+    event plane forwards them too, is nobody's.
+    """
     envelope = envelope_of(payload)
     inner = payload if envelope is None else envelope.payload
-    events, rejections = addressed_events(inner)
+    is_other = envelope is not None and _KV_TOPIC.match(envelope.topic) is None
+    events, rejections = ([], []) if is_other else addressed_events(inner)
     if envelope is None:
         if not events and len(rejections) == 1:
             return rejections[0]
@@ -230,13 +235,13 @@ def parse_subject(subject: str) -> Origin | None:
     return Origin(unquote(parts["namespace"]), unquote(parts["component"]), unquote(endpoint) if endpoint else None)
 
 
+_KV_TOPIC = re.compile("kv.*event")
 _SUBJECT = re.compile(
     r"namespace\.(?P<namespace>.+?)\.component\.(?P<component>.+?)(?:\.endpoint\.(?P<endpoint>.+))?"
     r"\.(?:kv_events|kv-events|kv-state-events-v2)"
 )
-_STREAM_SUBJECT = re.compile(
-    r"namespace-(?P<namespace>[^.]+?)-component-(?P<component>[^.]+)-kv-events\.(?:queue|kv-events)"
-)
+_STREAM_KV_TOPIC = re.compile("kv.*event")
+_SUBJECT = re.compile(r"namespace-(?P<namespace>[^.]+?)-component-(?P<component>[^.]+)-kv-events\.(?:queue|kv-events)")
 
 
 def is_json(inner: bytes) -> bool:

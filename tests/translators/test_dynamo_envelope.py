@@ -109,6 +109,12 @@ def test_an_empty_array_is_nobody_s() -> None:
     assert opened(envelope([])).addresses == []
 
 
+@pytest.mark.parametrize(("topic", "found"), [("kv-events", 1), ("kv-state-events-v2", 1), ("kv_metrics", 0), ("", 0)])
+def test_only_kv_events_are_somebody_s(topic: str, found: int) -> None:
+    result = opened(envelope([GOOD, {"other": 1}], topic=topic))
+    assert (len(result.addresses), len(result.rejections)) == (found, found)
+
+
 # what is bad
 
 

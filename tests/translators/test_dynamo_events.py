@@ -11,7 +11,7 @@ from kvcensus.backends.model import CacheTier, ClearBlocks, IdentityScope, Opera
 from kvcensus.translators.dynamo import POSITION_MAX, DynamoTranslator
 from kvcensus.translators.dynamo_envelope import CACHE_OWNER, DynamoAddress
 from kvcensus.translators.hashes import HASHES_MAX
-from kvcensus.translators.translation import Rejection, RejectReason, Translation, TranslatorOptions
+from kvcensus.translators.translation import ClearScope, Rejection, RejectReason, Translation, TranslatorOptions
 
 from .dynamo_messages import ENCODINGS, PUBLISHED_MS, block, envelope, event, in_json, pack, removed, run, stored
 
@@ -134,6 +134,14 @@ def test_more_spellings_and_sizes_come_from_the_configuration() -> None:
 @pytest.mark.parametrize("data", ["cleared", {"cleared": None}, {"cleared": {}}])
 def test_a_clear_may_be_a_word_or_a_map(data: Any) -> None:
     assert operation_of(data) == ClearBlocks("7/0")
+
+
+def test_a_clear_may_be_of_the_device_alone_but_not_a_cache_owner_s() -> None:
+    owner = DynamoAddress(7, 0, CACHE_OWNER)
+    options: dict[str, Any] = {"clears": ClearScope.DEVICE}
+    assert translate(pack(event("cleared")), **options).operations == [ClearBlocks("7/0", CacheTier.HBM)]
+    payload = pack(event("cleared", residency_domain=CACHE_OWNER))
+    assert translate(payload, owner, **options).operations == [ClearBlocks("7@cache_owner/0")]
 
 
 # whose an event is
