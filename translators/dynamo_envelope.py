@@ -240,8 +240,9 @@ _SUBJECT = re.compile(
     r"namespace\.(?P<namespace>.+?)\.component\.(?P<component>.+?)(?:\.endpoint\.(?P<endpoint>.+))?"
     r"\.(?:kv_events|kv-events|kv-state-events-v2)"
 )
-_STREAM_KV_TOPIC = re.compile("kv.*event")
-_SUBJECT = re.compile(r"namespace-(?P<namespace>[^.]+?)-component-(?P<component>[^.]+)-kv-events\.(?:queue|kv-events)")
+_STREAM_SUBJECT = re.compile(
+    r"namespace-(?P<namespace>[^.]+?)-component-(?P<component>[^.]+)-kv-events\.(?:queue|kv-events)"
+)
 
 
 def is_json(inner: bytes) -> bool:
