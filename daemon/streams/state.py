@@ -6,7 +6,7 @@ Times are monotonic milliseconds given by the caller. Every method returns verdi
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections import OrderedDict, deque
 from operator import itemgetter
 
 import msgspec
@@ -60,7 +60,7 @@ class Stream:
         self._fingerprint = cursor.fingerprint if cursor else b""
         self._last_payload: bytes | None = None
         self._last_live: int | None = None
-        self._recent: dict[int, int] = {}
+        self._recent: OrderedDict[int, int] = OrderedDict()
         self._held: deque[tuple[int, bytes]] = deque()
         self._replay: _Replay | None = None
         self._attempts = 0
@@ -352,7 +352,7 @@ class Stream:
         recent = self._recent
         recent[seq] = hash(payload)
         if len(recent) > RECENT_MESSAGES:
-            del recent[next(iter(recent))]
+            recent.popitem(last=False)
 
     def _is_held(self, seq: int, payload: bytes) -> bool:
         """What is held has ascending numbers: the first one that does not ascend empties it."""
