@@ -13,7 +13,7 @@ from .hashes import HASHES_MAX, BadHash, hash_bytes, unpack_hashes
 from .media import Media
 from .packed import array_length
 from .translation import Rejection, RejectReason, Translation, TranslatorOptions, worker_id_of
-from .wire import UNDECODABLE, AllBlocksCleared, RemovedEvent, StoredEvent, WireDecoder, raw_events
+from .wire import UNDECODABLE, AllBlocksCleared, Batch, RemovedEvent, StoredEvent, WireDecoder, raw_events
 
 INTEGER_HASHES_SEEN = 1
 """Bit of `facts`: this stream has sent hashes as integers."""
@@ -49,6 +49,8 @@ class EventTranslator(ABC, Generic[StoredT, RemovedT]):
         self._media = Media(options.media)
         self._decoder = decoder
         self._cleared_tier = cleared_tier
+        self._rank: int | None = None
+        self._worker_id = worker_id_of(options.worker, None)
 
     @abstractmethod
     def _stored(self, event: StoredT, worker_id: str, result: Translation) -> StoreRun:
@@ -61,7 +63,7 @@ class EventTranslator(ABC, Generic[StoredT, RemovedT]):
     def translate(self, payload: bytes, facts: int) -> Translation:
         """Translate one payload. `facts` has INTEGER_HASHES_SEEN or 0; what is returned is for the next payload."""
         batch = self._decoder.decode(payload)
-        if isinstance(batch, Rejection):
+        if not isinstance(batch, Batch):
             return Translation([], [batch], facts=facts)
         seconds, rank = batch.ts, batch.rank
         known_time = 0 <= seconds < _CLOCK_END_S
@@ -69,7 +71,9 @@ class EventTranslator(ABC, Generic[StoredT, RemovedT]):
         if not known_time:
             detail = f"the engine's clock says {seconds}, which is no time; the events were taken without one"
             result.rejections.append(Rejection(RejectReason.PAYLOAD, detail, "ts"))
-        worker_id = worker_id_of(self._options.worker, rank)
+        if rank != self._rank:
+            self._rank, self._worker_id = rank, worker_id_of(self._options.worker, rank)
+        worker_id = self._worker_id
         raws: list[msgspec.Raw] = []
         for position, event in enumerate(batch.events):
             try:

@@ -26,6 +26,7 @@ PATTERN_BYTES = 8
 _WIDE_INTEGERS = b"\xcf\xd3"
 _WIDE = 1 + PATTERN_BYTES
 _BIN8 = 0xC4
+_ONE_ITEM = 0x91
 _LAYOUT_ITEMS_MAX = 512
 _decode_list = msgspec.msgpack.Decoder(list[int | bytes]).decode
 
@@ -70,6 +71,8 @@ def unpack_hashes(raw: msgspec.Raw, cut: bool = False) -> tuple[tuple[bytes, ...
     `raw` is well-formed msgpack. Raises BadHash for a bad element, ValueError if it is no array.
     """
     packed = bytes(raw)
+    if packed[0] == _ONE_ITEM and packed[1] in _WIDE_INTEGERS:
+        return (packed[2:],), True
     count, start = array_header(packed)
     if not count:
         return (), False
@@ -77,8 +80,6 @@ def unpack_hashes(raw: msgspec.Raw, cut: bool = False) -> tuple[tuple[bytes, ...
         raise BadHash(f"{count} block hashes; at most {HASHES_MAX} are taken", HASHES_MAX)
     mark = packed[start]
     if mark in _WIDE_INTEGERS:
-        if count == 1:
-            return (packed[start + 1 :],), True
         if not packed[start::_WIDE].strip(_WIDE_INTEGERS):
             return _pieces(packed, start, count, 1, PATTERN_BYTES), True
     elif mark == _BIN8:

@@ -31,9 +31,12 @@ def array_header(packed: bytes) -> tuple[int, int]:
 def array_length(packed: msgspec.Raw) -> int:
     """The number of items of a msgpack array, 0 for nil or nothing. Raises ValueError if it is neither."""
     data = bytes(packed)
-    if not data or data[0] == NIL:
+    if not data:
         return 0
-    return array_header(data)[0]
+    mark = data[0]
+    if mark == _ARRAY16:
+        return data[1] << 8 | data[2]
+    return 0 if mark == NIL else array_header(data)[0]
 
 
 def first_item_is_nil(packed: msgspec.Raw) -> bool:

@@ -43,7 +43,7 @@ class Rejection(msgspec.Struct, frozen=True):
     raw: bytes = b""
 
 
-class Translation(msgspec.Struct):
+class Translation(msgspec.Struct, gc=False):
     """One payload as operations, in the order of its events.
 
     `engine_ms` is the engine's clock in ms since the Unix epoch, `rank` its data-parallel rank or None.

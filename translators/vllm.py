@@ -89,7 +89,7 @@ class VllmTranslator(EventTranslator[BlockStored, BlockRemoved]):
         block_size = event.block_size
         wire_parent = event.parent_block_hash
         tenant = options.tenant_id if wire_parent is not None else self._tenant(event)
-        setting = self._setting(
+        scope, tier, group, spec = self._setting(
             event.medium,
             event.lora_name,
             event.lora_id,
@@ -106,18 +106,18 @@ class VllmTranslator(EventTranslator[BlockStored, BlockRemoved]):
         return StoreRun(
             worker_id,
             result.rank,
-            setting.scope,
-            setting.tier,
+            scope,
+            tier,
             hashes,
             parent_of(wire_parent, cut) if consecutive else None,
-            setting.group,
+            group,
             block_size,
             result.engine_ms,
             options.bytes_per_block,
             consecutive,
             wire_parent is not None,
             options.count_copies,
-            setting.spec,
+            spec,
         )
 
     def _removed(self, event: BlockRemoved, worker_id: str, result: Translation) -> RemoveBlocks:

@@ -35,7 +35,7 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MemoryEr
 _SHOWN_MAX = 64
 
 
-class StoredEvent(Struct):
+class StoredEvent(Struct, gc=False):
     """Blocks were stored. The first fields of both engines, in the order of the positional form.
 
     `block_hashes` and `token_ids` stay packed: the first is cut up by `hashes`, of the second only the length matters.
@@ -50,7 +50,7 @@ class StoredEvent(Struct):
     medium: str | None = None
 
 
-class RemovedEvent(Struct):
+class RemovedEvent(Struct, gc=False):
     """One copy of each of these blocks was dropped. The first fields of both engines."""
 
     block_hashes: Raw
@@ -68,7 +68,7 @@ class PositionalAllBlocksCleared(AllBlocksCleared, array_like=True, tag="AllBloc
 EventT = TypeVar("EventT")
 
 
-class Batch(Struct, Generic[EventT], array_like=True):
+class Batch(Struct, Generic[EventT], array_like=True, gc=False):
     """One payload. `ts` is the engine's clock in seconds since the epoch."""
 
     ts: float
