@@ -186,7 +186,9 @@ class MemoryBackend(IndexBackend):
             yield from places.values()
 
     def _place(self, worker_id: str, rank: int | None, tier: CacheTier, group: int) -> Place:
-        places = self._places.setdefault(worker_id, {})
+        places = self._places.get(worker_id)
+        if places is None:
+            places = self._places[worker_id] = {}
         place = places.get((tier, group))
         if place is None:
             place = places[tier, group] = Place(worker_id, rank, tier, group)
@@ -201,7 +203,7 @@ class MemoryBackend(IndexBackend):
 
     def _store(self, run: StoreRun, result: ApplyResult) -> None:
         place = self._place(run.worker_id, run.rank, run.tier, run.group)
-        if run.spec is not None and run.spec != place.spec:
+        if run.spec is not None and run.spec is not place.spec and run.spec != place.spec:
             place.spec = place.spec.after(run.spec)
         if not run.block_hashes:
             return
@@ -211,6 +213,9 @@ class MemoryBackend(IndexBackend):
             return
         scope, base = self._chain_of(run, place)
         hashes, parent = run.block_hashes, run.parent
+        if len(hashes) <= _RUN_BLOCKS_MAX:
+            self._store_part(place, run, hashes, scope, parent, base, result)
+            return
         for start in range(0, len(hashes), _RUN_BLOCKS_MAX):
             part = hashes[start : start + _RUN_BLOCKS_MAX]
             self._store_part(place, run, part, scope, parent, None if base is None else base + start, result)
@@ -248,7 +253,7 @@ class MemoryBackend(IndexBackend):
         if run.parent == ROOT:
             return run.scope, 0
         known = place.blocks.get(run.parent)
-        if isinstance(known, Run) and known.scope == run.scope:
+        if isinstance(known, Run) and (known.scope is run.scope or known.scope == run.scope):
             return run.scope, run.start_index if known.base is None else known.index_after(run.parent)
         found = self._own_record(run, run.parent)
         if found is None:

@@ -6,6 +6,7 @@ blocks costs two dictionary updates and no object per block. A block touched aga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -47,7 +48,10 @@ class Run(msgspec.Struct, frozen=True, gc=False):
 
     def index_after(self, block_hash: bytes) -> int | None:
         """The index of a child of one of the blocks."""
-        return None if self.base is None else self.base + self.hashes.index(block_hash) + 1
+        if self.base is None:
+            return None
+        hashes = self.hashes
+        return self.base + (len(hashes) if hashes[-1] == block_hash else hashes.index(block_hash) + 1)
 
     def next_of(self, block_hash: bytes) -> bytes | None:
         """The block that follows in the run."""
@@ -83,10 +87,10 @@ class Place:
 
     def link(self, parent: bytes, child: bytes) -> None:
         """Make a child findable from its parent, which need not be here."""
-        children = self.children.get(parent)
-        if children is None:
-            self.children[parent] = child
-        elif isinstance(children, set):
+        children = self.children.setdefault(parent, child)
+        if children is child:
+            return
+        if isinstance(children, set):
             children.add(child)
         elif children != child:
             self.children[parent] = {children, child}
@@ -130,25 +134,20 @@ class Place:
         else:
             self.blocks.pop(block_hash, None)
 
-    def store_run(self, run: Run) -> tuple[int, list[int]]:
+    def store_run(self, run: Run) -> tuple[int, Sequence[int]]:
         """Store the new blocks of a run. Returns how many, and the positions of those that were here before."""
-        hashes = run.hashes
-        if len(hashes) == 1 and hashes[0] not in self.blocks:
-            self.blocks[hashes[0]] = run
+        hashes, blocks = run.hashes, self.blocks
+        if len(hashes) == 1 and blocks.setdefault(hashes[0], run) is run:
             if run.parent is not None:
                 self.link(run.parent, hashes[0])
             self.records += 1
             self.bytes += run.size
-            return 1, []
-        fresh = dict.fromkeys(hashes, run)
+            return 1, ()
         known: list[int] = []
-        if len(fresh) == len(hashes) and self.blocks.keys().isdisjoint(fresh):
-            new = len(hashes)
-            self.blocks.update(fresh)
-        else:
-            before = len(self.blocks)
-            found = list(map(self.blocks.setdefault, hashes, repeat(run)))
-            new = len(self.blocks) - before
+        before = len(blocks)
+        found = list(map(blocks.setdefault, hashes, repeat(run)))
+        new = len(blocks) - before
+        if new < len(hashes):
             first: dict[bytes, int] = {}
             for at, block_hash in enumerate(hashes):
                 if found[at] is not run or first.setdefault(block_hash, at) != at:

@@ -25,6 +25,9 @@ UNKNOWN_SCOPE = "?"
 class CacheTier(StrEnum):
     """Where the bytes of a block lie. A closed set, fastest first."""
 
+    __hash__ = str.__hash__
+    """Enum's own hash is Python code, and a tier is looked up for every operation."""
+
     HBM = "hbm"
     REMOTE_HBM = "remote_hbm"
     CPU_DRAM = "cpu_dram"
