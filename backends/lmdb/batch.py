@@ -60,7 +60,11 @@ class Batch:
             if isinstance(operation, (StoreRun, RemoveBlocks))
             for block_hash in operation.block_hashes
         ]
-        parents = [row_key(one.parent) for one in operations if isinstance(one, StoreRun) and one.parent]
+        parents = [
+            LENGTH[len(parent)] + parent + ROW
+            for operation in operations
+            if isinstance(operation, StoreRun) and (parent := operation.parent)
+        ]
         self._overlay.fetch(chain(keys, parents))
         start = 0
         for operation in operations:

@@ -22,9 +22,8 @@ class Overlay:
 
     def fetch(self, keys: Iterable[bytes]) -> None:
         """Look up rows together. Called once, before anything else."""
-        wanted = sorted(keys)
-        self._stored = dict(self._txn.cursor(self._blocks).getmulti(wanted))
-        self.rows = dict.fromkeys(wanted)
+        self.rows = dict.fromkeys(sorted(keys))
+        self._stored = dict(self._txn.cursor(self._blocks).getmulti(list(self.rows)))
         self.rows.update(self._stored)
 
     def row(self, key: bytes) -> bytes | None:
