@@ -17,7 +17,7 @@ from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ApplyResult, ClearBlocks, Cursor, Operation, RemoveBlocks, StoreRun
 from kvcensus.translators.translation import Rejection, RejectReason, Translation, worker_id_of
 
-from .counters import AppliedCounters, WriterCounters
+from .counters import WriterCounters
 from .followed import Followed, now_ms
 from .frame_queue import Advance, Barrier, FrameQueue, Item, Refuse
 from .logs import get_logger
@@ -96,8 +96,7 @@ class Writer(threading.Thread):
         wait_s = _IDLE_WAIT_S
         while True:
             items = self._queue.take(wait_s)
-            for item in items:
-                self._gather(item)
+            self._gather(items)
             now = time.monotonic()
             if deadline is None:
                 if not items:
@@ -175,11 +174,15 @@ class Writer(threading.Thread):
             if not self._reclaim():
                 break
 
-    def _gather(self, item: Item) -> None:
-        stream, what = item
-        if isinstance(what, Apply):
-            self._apply(stream, what)
-        elif isinstance(what, NewEpoch):
+    def _gather(self, items: list[Item]) -> None:
+        for stream, what in items:
+            if isinstance(what, Apply):
+                self._apply(stream, what)
+            else:
+                self._obey(stream, what)
+
+    def _obey(self, stream: Followed, what: NewEpoch | Fence | Barrier | Retire | Advance | Refuse) -> None:
+        if isinstance(what, NewEpoch):
             self._begin_epoch(stream, what)
         elif isinstance(what, Fence):
             self._fence(stream, what)
@@ -225,7 +228,7 @@ class Writer(threading.Thread):
         self._retired.append(stream)
 
     def _apply(self, stream: Followed, message: Apply) -> None:
-        progress = self._progress_of(stream)
+        progress = self._progress.get(stream) or self._progress_of(stream)
         payload = message.payload
         translation = stream.translator.translate(payload, progress.facts)
         applied = stream.applied
@@ -238,7 +241,7 @@ class Writer(threading.Thread):
         progress.facts = translation.facts
         if translation.engine_ms:
             progress.engine_ms.append(translation.engine_ms)
-        self._count_events(applied, translation)
+        self._count_events(applied.events, translation)
         blocks = 1
         for operation in translation.operations:
             if isinstance(operation, StoreRun):
@@ -259,8 +262,7 @@ class Writer(threading.Thread):
             self._reject(stream, progress, message, rejection)
 
     @staticmethod
-    def _count_events(applied: AppliedCounters, translation: Translation) -> None:
-        events = applied.events
+    def _count_events(events: dict[str, int], translation: Translation) -> None:
         if translation.stored_events:
             events["stored"] += translation.stored_events
         if translation.removed_events:
@@ -331,9 +333,8 @@ class Writer(threading.Thread):
         committed_s = time.time()
         for stream, cursor in cursors.items():
             stream.cursor = cursor
-            lag = stream.applied.lag_s
-            for engine_ms in self._progress[stream].engine_ms:
-                lag.observe(max(0.0, committed_s - engine_ms / 1000))
+            lags = [max(0.0, committed_s - engine_ms / 1000) for engine_ms in self._progress[stream].engine_ms]
+            stream.applied.lag_s.observe_all(lags)
         for barrier in self._barriers:
             barrier.committed.set()
         self._operations = []
