@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 
 import msgspec
@@ -26,16 +27,14 @@ from .checks import UNDECODABLE, corrupt
 from .files import DAMAGE, INDEX_FILE, open_reader, pid_clash
 from .rows import (
     COUNT,
-    ENTRY_SIZE,
     HOLDER,
-    HOLDER_SIZE,
     LENGTH,
-    PARENT_LEN_AT,
     PLACE,
     ROW,
     Entry,
     PlaceRow,
     link_prefix,
+    masks_by_head,
     row_key,
     unpack_row,
 )
@@ -149,7 +148,7 @@ class LmdbReader:
         for start in range(0, len(block_hashes), _MATCH_CHUNK):
             keys = [LENGTH[len(one)] + one + ROW for one in block_hashes[start : start + _MATCH_CHUNK]]
             last_held = start - 1
-            for head, mask in _masks_by_head(map(txn.get, keys)).items():
+            for head, mask in masks_by_head(map(txn.get, keys, repeat(b""))).items():
                 place, holder_scope = HOLDER.unpack(head)
                 if (scope is None or holder_scope == scope) and place in places.rows:
                     masks[place] = masks.get(place, 0) | mask << start
@@ -217,19 +216,3 @@ class LmdbReader:
         return CacheResidency(
             key, place.worker_id, place.tier, entry.size, entry.at_ms, entry.copies, entry.pinned, place.rank
         )
-
-
-def _masks_by_head(rows: Iterable[bytes | None]) -> dict[bytes, int]:
-    """In which of the rows there is an entry of a place and scope, as bits; by the bytes of the two."""
-    masks: dict[bytes, int] = {}
-    bit = 1
-    for row in rows:
-        if row is not None:
-            at = 1 + row[0]
-            end = len(row)
-            while at < end:
-                head = row[at : at + HOLDER_SIZE]
-                masks[head] = masks.get(head, 0) | bit
-                at += ENTRY_SIZE + row[at + PARENT_LEN_AT]
-        bit <<= 1
-    return masks

@@ -25,6 +25,8 @@ that commit on and are swept later. Numbers are never used twice. The small tabl
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from struct import Struct
 from struct import error as StructError  # noqa: N812 - an exception, named like one
 from typing import NamedTuple
@@ -50,6 +52,9 @@ HOLDER = Struct(">II")
 HOLDER_SIZE = HOLDER.size
 PLACE = Struct(">I")
 COUNT = Struct(">QQ")
+
+_TOGETHER_MIN = 8
+"""Rows of one size in a row from which on it pays to compare them as one."""
 
 LENGTH = tuple(bytes((length,)) for length in range(MAX_HASH_BYTES + 1))
 """What a hash of each length is preceded by."""
@@ -154,3 +159,53 @@ def holders(row: bytes) -> list[tuple[int, int]]:
         found.append(HOLDER.unpack_from(row, at))
         at += ENTRY_SIZE + row[at + PARENT_LEN_AT]
     return found
+
+
+def masks_by_head(rows: Iterable[bytes]) -> dict[bytes, int]:
+    """In which of the rows there is an entry of a place and scope, as bits; by the bytes of the two. b"" is no row."""
+    masks: dict[bytes, int] = {}
+    bit = 1
+    for size, group in groupby(rows, len):
+        alike = list(group)
+        heads = _heads_of_all(alike, size) if size and len(alike) >= _TOGETHER_MIN else None
+        if heads is not None:
+            every = ((1 << len(alike)) - 1) * bit
+            for head in heads:
+                masks[head] = masks.get(head, 0) | every
+        elif size:
+            _mask_one_by_one(alike, bit, masks)
+        bit <<= len(alike)
+    return masks
+
+
+def _heads_of_all(rows: Sequence[bytes], size: int) -> list[bytes] | None:
+    """The heads of the entries of each of these rows of one size, None when they are not the same in every row.
+
+    A chain is held by the same workers for most of its length, and then its rows differ only in hashes and indexes.
+    """
+    first = rows[0]
+    heads = []
+    decisive = [0]
+    at = 1 + first[0]
+    while at < size:
+        heads.append(first[at : at + HOLDER_SIZE])
+        decisive += range(at, at + HOLDER_SIZE)
+        at += PARENT_LEN_AT
+        decisive.append(at)
+        at += 1 + first[at]
+    packed = b"".join(rows)
+    count = len(rows)
+    if all(packed[column::size].count(first[column]) == count for column in decisive):
+        return heads
+    return None
+
+
+def _mask_one_by_one(rows: Sequence[bytes], bit: int, masks: dict[bytes, int]) -> None:
+    for row in rows:
+        at = 1 + row[0]
+        end = len(row)
+        while at < end:
+            head = row[at : at + HOLDER_SIZE]
+            masks[head] = masks.get(head, 0) | bit
+            at += ENTRY_SIZE + row[at + PARENT_LEN_AT]
+        bit <<= 1
