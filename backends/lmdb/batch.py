@@ -60,12 +60,7 @@ class Batch:
             if isinstance(operation, (StoreRun, RemoveBlocks))
             for block_hash in operation.block_hashes
         ]
-        parents = [
-            LENGTH[len(parent)] + parent + ROW
-            for operation in operations
-            if isinstance(operation, StoreRun) and (parent := operation.parent)
-        ]
-        self._overlay.fetch(chain(keys, parents))
+        self._overlay.fetch(chain(keys, _parent_keys(operations)))
         start = 0
         for operation in operations:
             if isinstance(operation, StoreRun):
@@ -378,6 +373,20 @@ class Batch:
 
 def _told_index(run: StoreRun) -> int:
     return -1 if run.start_index is None else run.start_index
+
+
+def _parent_keys(operations: Sequence[Operation]) -> list[bytes]:
+    """Keys of the parents of runs, less those that are the last block of the run before."""
+    keys = []
+    last = None
+    for operation in operations:
+        if isinstance(operation, StoreRun):
+            parent = operation.parent
+            if parent and parent != last:
+                keys.append(LENGTH[len(parent)] + parent + ROW)
+            if operation.block_hashes:
+                last = operation.block_hashes[-1]
+    return keys
 
 
 def _merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:

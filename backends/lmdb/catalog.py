@@ -155,7 +155,9 @@ class WriterCatalog:
         if number is None:
             number = self.place_at(txn, run.worker_id, run.rank, run.tier, run.group)
         spec = run.spec
-        if spec is not None and spec != (known := self.rows[number].spec) and (spec := known.after(spec)) != known:
+        if spec is None or spec is (known := self.rows[number].spec):
+            return number
+        if spec != known and (spec := known.after(spec)) != known:
             self._write(txn, number, msgspec.structs.replace(self.rows[number], spec=spec))
         return number
 
