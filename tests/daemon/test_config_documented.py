@@ -71,8 +71,9 @@ def test_every_section_has_a_heading() -> None:
     assert names == {heading.strip("`[]") for heading in HEADINGS} - {"Top level"}
 
 
-def test_every_example_is_a_configuration(tmp_path: Path) -> None:
-    examples = re.findall(r"^```toml\n(.*?)^```", SETTINGS, re.DOTALL | re.MULTILINE)
+@pytest.mark.parametrize("page", ["configuration.md", "dynamo.md"])
+def test_every_example_is_a_configuration(page: str, tmp_path: Path) -> None:
+    examples = re.findall(r"^```toml\n(.*?)^```", (REFERENCE / page).read_text(), re.DOTALL | re.MULTILINE)
     assert len(examples) >= 3
     for number, example in enumerate(examples):
         file = tmp_path / f"{number}.toml"
