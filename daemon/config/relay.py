@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
@@ -16,6 +17,14 @@ _STREAM = re.compile(r"[^\s.*>/\\]{1,255}")
 _GIB = 1 << 30
 _MAX_REPLICAS = 5
 """As many as NATS knows."""
+
+
+class Pipeline(StrEnum):
+    """Whether several records of one worker may be on their way at a time."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class RelayConfig(Section, frozen=True):
@@ -34,7 +43,9 @@ class RelayConfig(Section, frozen=True):
     spool_max_bytes: PositiveBytes = _GIB
     """Most to keep: 1 GiB, a quarter of an hour of 10,000 blocks/s. Beyond it the oldest go, and workers are fenced."""
     publish_window: Positive = 256
-    """Records on their way at a time. 1: one by one, so that even a leader's handover cannot change their order."""
+    """Records on their way at a time, published and not acknowledged: it bounds what has to be published again."""
+    pipeline: Pipeline = Pipeline.AUTO
+    """Several records of one worker at a time: `auto` where one server keeps the stream. Several may mix them up."""
     ack_timeout_ms: Positive = 5000
     """How long a server may take to acknowledge: a cluster elects a new leader in less."""
     heartbeat_ms: Positive = 5000

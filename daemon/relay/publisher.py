@@ -16,6 +16,7 @@ import msgspec
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
+from ..config.relay import Pipeline
 from ..followed import monotonic_ms, now_ms
 from ..logs import get_logger
 from ..sources.nats_connection import Backoff, NatsConnection, NatsConnector
@@ -32,6 +33,8 @@ _WINDOW_BYTES = 8 << 20
 """Payloads on their way at a time: a connection of 1 Gbit/s takes 64 ms for them."""
 _LOOK_S = 0.25
 """How often the time limits are looked at while nothing happens."""
+_LOOK_AT_STREAM_S = 60.0
+"""How often the stream is looked at while all is well: somebody may give it more servers."""
 _LOG_EVERY_S = 10.0
 _GOODBYE_S = 1
 _TOO_LARGE_CODE = 10054
@@ -42,9 +45,10 @@ log = get_logger("publisher")
 
 
 class PublisherOptions(msgspec.Struct, frozen=True):
-    """`window` records are on their way at a time. Times in ms."""
+    """`window` records are on their way at a time, `pipeline` says when several of one worker may be. Times in ms."""
 
     window: int
+    pipeline: Pipeline
     ack_timeout_ms: int
     heartbeat_ms: int
 
@@ -150,7 +154,7 @@ class Publisher(threading.Thread):
     async def _use(self, connection: NatsConnection) -> None:
         """Publish over one connection until the end. Raises NatsProblem when it is lost, or of no use."""
         connection.lost = self._woken.set
-        await self._stream.prepare(connection)
+        await self._prepare(connection)
         inbox = connection.client.new_inbox()
         await connection.subscribe(f"{inbox}.*", self._answered, max_messages=0, max_bytes=0)
         connection.complained = self._complained
@@ -167,6 +171,13 @@ class Publisher(threading.Thread):
         finally:
             beating.cancel()
 
+    async def _prepare(self, connection: NatsConnection) -> None:
+        """Look after the stream. With one server in charge of it, what is sent in order is kept in order."""
+        await self._stream.prepare(connection)
+        pipeline = self._options.pipeline
+        safe = self._stream.replicas == 1 if pipeline is Pipeline.AUTO else pipeline is Pipeline.ALWAYS
+        self._window.one_by_one = not safe
+
     async def _publish_while_connected(self, connection: NatsConnection, inbox: str) -> None:
         while not self._is_done():
             if connection.is_lost:
@@ -180,7 +191,7 @@ class Publisher(threading.Thread):
                 kind, reason = self._failure
                 self._say(reason)
                 self._retreat(kind)
-                await self._stream.prepare(connection)
+                await self._prepare(connection)
                 await self._pause()
             elif not await self._send_some(connection, inbox):
                 await self._wait()
@@ -201,14 +212,17 @@ class Publisher(threading.Thread):
         most, most_bytes = self._window.room()
         if most <= 0 or most_bytes <= 0:
             return 0
-        records = self._spool.read(self._window.after, most, most_bytes)
-        for key, record in records:
+        sent = 0
+        for key, record in self._spool.read(self._window.after, most, most_bytes):
+            if not self._window.may_follow(record):
+                break
             subject, headers, payload = self._message(key, record, connection.client.max_payload)
             self.counters.republished += key <= self._window.highest
             token = self._window.send(key, record, len(payload), monotonic_ms())
-            self.counters.sent += 1
             await connection.publish(subject, payload, f"{inbox}.{token}", headers)
-        return len(records)
+            sent += 1
+        self.counters.sent += sent
+        return sent
 
     def _message(self, key: int, record: Record, max_bytes: int) -> tuple[str, dict[str, str], bytes]:
         """Subject, headers and body. What the server does not take for its size becomes a fence in its place."""
@@ -322,10 +336,14 @@ class Publisher(threading.Thread):
             self._spooler.acknowledge(through, dict(self._published))
 
     async def _beat_for_ever(self, connection: NatsConnection) -> None:
-        with suppress(NatsProblem):  # The connection is lost; whoever publishes notices.
-            while True:
+        looked_s = time.monotonic()
+        while not connection.is_lost:
+            with suppress(NatsProblem):  # Whoever publishes notices as well.
                 await self._beat(connection)
-                await asyncio.sleep(self._options.heartbeat_ms / 1000)
+                if time.monotonic() - looked_s >= _LOOK_AT_STREAM_S:
+                    looked_s = time.monotonic()
+                    await self._prepare(connection)
+            await asyncio.sleep(self._options.heartbeat_ms / 1000)
 
     async def _beat(self, connection: NatsConnection, *, leaving: bool = False) -> None:
         """A sign of life of each worker of which anything was published."""

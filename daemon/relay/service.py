@@ -66,7 +66,7 @@ class RelayService:
             ),
             NatsConnector(relay.connection, "kvcensus relay"),
             Backoff(relay.connection),
-            PublisherOptions(relay.publish_window, relay.ack_timeout_ms, relay.heartbeat_ms),
+            PublisherOptions(relay.publish_window, relay.pipeline, relay.ack_timeout_ms, relay.heartbeat_ms),
         )
         install(self.registry, self)
 

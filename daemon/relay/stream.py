@@ -36,8 +36,13 @@ class _Error(msgspec.Struct):
     description: str = ""
 
 
+class _Config(msgspec.Struct):
+    num_replicas: int = 0
+
+
 class _Answer(msgspec.Struct):
     error: _Error | None = None
+    config: _Config = msgspec.field(default_factory=_Config)
 
 
 class RelayStream:
@@ -45,6 +50,8 @@ class RelayStream:
 
     def __init__(self, options: StreamOptions) -> None:
         self._options = options
+        self.replicas = 0
+        """How many servers keep the stream, 0 while that is not known."""
 
     async def prepare(self, connection: NatsConnection) -> None:
         """Make the stream if it is missing and may be made. Raises NatsProblem when it is not there then."""
@@ -72,7 +79,9 @@ class RelayStream:
 
     async def _ask(self, connection: NatsConnection, what: str, body: bytes) -> _Error | None:
         answer = await connection.request(f"{_API}.{what}.{self._options.name}", body)
-        return msgspec.json.decode(answer, type=_Answer).error
+        found = msgspec.json.decode(answer, type=_Answer)
+        self.replicas = found.config.num_replicas
+        return found.error
 
     def _config(self) -> dict[str, Any]:
         options = self._options

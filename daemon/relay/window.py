@@ -5,8 +5,9 @@ that fails takes all behind it with it: everything is published again from the f
 first that one alone. So a record is never repeated behind its successor, and what the server had already, it drops by
 its message id. Answers to what was given up no longer count.
 
-A server may still lose a record and take the next ones, when a leader hands over. It shows here as a record that is not
-acknowledged before one that is: `Retreat.overtaken` counts those. With `most` 1 it cannot happen.
+Servers that share a stream may still lose a record and take the next ones, when their leader hands over. Then what is
+read is out of order. So with them one record of each worker is on its way at a time. Without that it shows here as a
+record that is not acknowledged before one that is: `Retreat.overtaken` counts those.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class Window:
         self._token = 0
         self.cautious = True
         """Whether a failed record must be acknowledged before others may follow."""
+        self.one_by_one = False
+        """Whether one record of each stream is on its way at a time."""
+        self._under_way: set[str] = set()
         self.through = 0
         """Every record up to this running number is acknowledged."""
         self.highest = 0
@@ -79,6 +83,10 @@ class Window:
         most = 1 if self.cautious else self._most
         return most - len(self._sent), self._most_bytes - self._bytes
 
+    def may_follow(self, record: Record) -> bool:
+        """Whether a record may be published although those before it are on their way."""
+        return not self.one_by_one or record.stream not in self._under_way
+
     def send(self, key: int, record: Record, size: int, now_ms: int) -> int:
         """Note that a record is published now. Returns the token that its answer must bear."""
         self._token += 1
@@ -86,6 +94,7 @@ class Window:
         self._sent.append(sent)
         self._by_token[self._token] = sent
         self._bytes += size
+        self._under_way.add(record.stream)
         self.highest = max(self.highest, key)
         return self._token
 
@@ -95,6 +104,7 @@ class Window:
         if sent is None:
             return []
         sent.done = True
+        self._under_way.discard(sent.record.stream)
         return list(self._finish())
 
     def _finish(self) -> Iterable[Acknowledged]:
@@ -128,6 +138,7 @@ class Window:
         retreat = Retreat(len(self._sent), overtaken)
         self._sent.clear()
         self._by_token.clear()
+        self._under_way.clear()
         self._bytes = 0
         self.cautious = True
         return retreat

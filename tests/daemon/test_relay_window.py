@@ -71,6 +71,21 @@ def test_after_a_failure_one_record_goes_alone_until_it_is_acknowledged() -> Non
     assert flight.room()[0] == 8
 
 
+def test_one_by_one_is_one_of_each_stream() -> None:
+    flight = window()
+    assert flight.may_follow(record(2))
+    flight.one_by_one = True
+    two = send(flight, 2)
+    assert flight.may_follow(record(3))
+    assert not flight.may_follow(record(4))
+    send(flight, 3)
+    flight.acknowledge(two)
+    assert flight.may_follow(record(4))
+    assert not flight.may_follow(record(5))
+    flight.retreat()
+    assert flight.may_follow(record(3))
+
+
 def test_it_is_overdue_by_the_first_record_without_an_answer() -> None:
     flight = window()
     assert not flight.overdue(1 << 40)
