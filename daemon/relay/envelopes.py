@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..streams.delivery import Control
 from .convention import EXPECTED_STREAM, MESSAGE_ID, Address, address_headers, message_id, numbered, subject_of
-from .spool import Position, Record
+from .record import Position, Record
 
 _LINES_BYTES = 12
 """`NATS/1.0`, an empty line, and their ends."""

@@ -16,7 +16,7 @@ from ..followed import now_ms
 from ..metrics import BUILD_INFO, HTTP_METRICS, STREAM_METRICS, DaemonFigures, Declared, Kind, _sampled
 from ..status import StreamState, StreamStatus
 from .counters import PublisherCounters, SpoolerCounters, StreamSpoolCounters
-from .spool import Position
+from .record import Position
 
 if TYPE_CHECKING:
     from .service import RelayService
@@ -144,3 +144,12 @@ def _relay_figures(service: RelayService) -> RelayFigures:
         max(0, now_ms() - oldest_ms) / 1000 if oldest_ms else 0.0,
         service.readiness().ready,
     )
+
+
+def reference_table() -> str:
+    """The metrics that only a relay has, as docs/reference/relay.md shows them."""
+    rows = ["| name | type | labels | meaning |", "|---|---|---|---|"]
+    for metric in (*RELAYED_METRICS, *RELAY_METRICS):
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
+    return "\n".join(rows)

@@ -24,7 +24,8 @@ from ..sources.nats_problems import NatsProblem
 from ..streams.delivery import Control
 from .counters import DropCause, Failure, PublisherCounters
 from .envelopes import Envelopes, size_of
-from .spool import Position, Record, Spool
+from .record import Position, Record
+from .spool import Spool
 from .spooler import SpooledStream, Spooler
 from .stream import RelayStream
 from .window import Window

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ from kvcensus.translators.translation import worker_id_of
 
 from ..streams.delivery import Control
 from .convention import Address
+from .record import Position, Record
 
 SPOOL_FILE = "spool.mdb"
 SCHEMA = 1
@@ -49,22 +50,6 @@ _MAX_READERS = 16
 _NODE_BYTES = 18
 """What LMDB adds to a value in a page: a head of 8 bytes, a pointer of 2, our key of 8."""
 _PAGE_HEAD_BYTES = 16
-
-
-class Record(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """One message to publish. `at_ms` is when it was spooled, in ms since the Unix epoch."""
-
-    address: Address
-    epoch: int
-    seq: int
-    control: Control
-    at_ms: int
-    payload: bytes = b""
-
-    @property
-    def stream(self) -> str:
-        """The stream it came from, which is also the worker's id."""
-        return worker_id_of(self.address.worker, self.address.rank)
 
 
 class _Head(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -83,13 +68,6 @@ class Loss(msgspec.Struct):
     stream: str
     messages: int
     bytes: int
-    epoch: int
-    seq: int
-
-
-class Position(NamedTuple):
-    """The last acknowledged record of a stream."""
-
     epoch: int
     seq: int
 
@@ -342,7 +320,9 @@ class Spool:
         try:
             self._env.sync(True)
             self._env.close()
-            note_writer(self._directory, Durability.PROCESS, clean=True)
+            # On a full disk the note goes on saying that the writer runs: it is not believed after a machine crash.
+            with suppress(OSError):
+                note_writer(self._directory, Durability.PROCESS, clean=True)
         finally:
             self._owner.release()
 

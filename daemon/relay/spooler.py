@@ -18,14 +18,15 @@ from ..streams.delivery import Control
 from ..streams.verdicts import Apply, Fence, NewEpoch
 from .convention import Address
 from .counters import DropCause, SpoolerCounters, StreamSpoolCounters
-from .spool import Loss, Position, Record, Spool
+from .record import Position, Record
+from .spool import Loss, Spool
 
 _IDLE_WAIT_S = 0.2
 _RETRY_FULL_S = 1.0
 _LOG_EVERY_S = 10.0
-_COMMIT_MAX_RECORDS = 4096
-_COMMIT_MAX_BYTES = 16 << 20
-"""A transaction takes what is queued, up to these: some 10 ms. An idle spool commits each message by itself."""
+_COMMIT_MAX_RECORDS = 1024
+_COMMIT_MAX_BYTES = 1 << 20
+"""A transaction takes what is queued, up to these: some milliseconds. More gains nothing, and needs more room."""
 
 log = get_logger("spool")
 

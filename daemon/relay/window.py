@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from .spool import Position, Record
+from .record import Position, Record
 
 
 class Acknowledged(msgspec.Struct, frozen=True):

@@ -18,7 +18,8 @@ from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.model import Cursor
 from kvcensus.daemon.relay import spool as spool_module
 from kvcensus.daemon.relay.convention import Address
-from kvcensus.daemon.relay.spool import SPOOL_FILE, Position, Record, Spool
+from kvcensus.daemon.relay.record import Position, Record
+from kvcensus.daemon.relay.spool import SPOOL_FILE, Spool
 from kvcensus.daemon.streams.delivery import Control
 
 KIB = 1 << 10

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcensus.daemon.relay.convention import Address
-from kvcensus.daemon.relay.spool import Position, Record
+from kvcensus.daemon.relay.record import Position, Record
 from kvcensus.daemon.relay.window import Window
 from kvcensus.daemon.streams.delivery import Control
 
