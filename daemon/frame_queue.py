@@ -66,17 +66,30 @@ class FrameQueue:
         `payload_bytes` is the size of their payloads. A burst goes in whole once there is any room, so it may pass the
         bounds.
         """
-        size = payload_bytes + _OVERHEAD_BYTES * len(burst)
         with self._lock:
-            while not self._closed and (self._messages >= self._max_messages or self._bytes >= self._max_bytes):
+            while not self._closed and not self.has_room():
                 self._drained.wait()
             if self._closed:
                 return False
-            self._bursts.append((burst, size))
-            self._messages += len(burst)
-            self._bytes += size
-            self._filled.notify()
+            self._append(burst, payload_bytes)
         return True
+
+    def offer(self, burst: list[Item], payload_bytes: int) -> bool:
+        """As `put`, for a caller that must not wait. False when there is no room now; a closed queue takes nothing."""
+        with self._lock:
+            if self._closed:
+                return True
+            if not self.has_room():
+                return False
+            self._append(burst, payload_bytes)
+        return True
+
+    def _append(self, burst: list[Item], payload_bytes: int) -> None:
+        size = payload_bytes + _OVERHEAD_BYTES * len(burst)
+        self._bursts.append((burst, size))
+        self._messages += len(burst)
+        self._bytes += size
+        self._filled.notify()
 
     def take(self, timeout_s: float) -> list[Item]:
         """The next burst, waiting up to `timeout_s` for it. An empty list when there is none."""

@@ -29,6 +29,8 @@ class NatsConfig(Translated, frozen=True, kw_only=True):
     """The servers, and how to reach them."""
     subjects: tuple[Annotated[str, msgspec.Meta(max_length=1024)], ...] = ()
     """Subjects to follow, with wildcards. Default: every subject that Dynamo, or a relay, publishes on."""
+    alive_subject: Annotated[str, msgspec.Meta(max_length=1024)] = "kvalive.*.*.*"
+    """Where relays send their signs of life, "" for nowhere. Dynamo sends none."""
     stream: str = ""
     """The JetStream stream that keeps the messages; "": core NATS, where what is missed is lost."""
     worker_prefix: Annotated[str, msgspec.Meta(max_length=100)] = ""
@@ -52,9 +54,10 @@ class NatsConfig(Translated, frozen=True, kw_only=True):
         self.settle_tokenizer()
         if not _NAME.fullmatch(self.name):
             raise InvalidValue("name", f"{self.name!r} is not 1 to 200 of the characters A-Z a-z 0-9 . _ : @ -")
-        for number, subject in enumerate(self.subjects):
+        named = [(f"subjects[{number}]", subject) for number, subject in enumerate(self.subjects)]
+        for key, subject in [*named, *([("alive_subject", self.alive_subject)] if self.alive_subject else [])]:
             if not _SUBJECT.fullmatch(subject) or ".." in subject or subject.startswith(".") or subject.endswith("."):
-                raise InvalidValue(f"subjects[{number}]", f"{subject!r} is no subject of NATS")
+                raise InvalidValue(key, f"{subject!r} is no subject of NATS")
         if self.stream and not _STREAM.fullmatch(self.stream):
             raise InvalidValue("stream", f"{self.stream!r} is no name of a stream: no spaces, and none of . * > / \\\\")
 

@@ -66,6 +66,8 @@ class NatsConnection:
         self._requests: dict[str, asyncio.Future[bytes]] = {}
         self.refused: dict[str, str] = {}
         """Subjects that the server refused, with a sentence each."""
+        self.failure: Exception | None = None
+        """What a callback of ours raised: nats-py keeps it to itself."""
         self.dropped: Callable[[str], None] = lambda subject: None
         """Called with the subject of each message that found too many waiting."""
         self.complained: Callable[[str], None] = lambda problem: None
@@ -103,14 +105,20 @@ class NatsConnection:
             subscription = await self.client.subscribe(
                 subject, cb=callback, pending_msgs_limit=max_messages, pending_bytes_limit=max_bytes
             )
+            # nats-py sends the first ping before the subscription that waits to be written, and only that.
+            await self.client.flush(self._timeout_s)
             await self.client.flush(self._timeout_s)
         except (errors.Error, OSError) as error:
             raise NatsProblem(self._failed(error)) from error
         if problem := self.refused.get(subject):
-            with suppress(errors.Error):
-                await subscription.unsubscribe()
+            await self.unsubscribe(subscription)
             raise NatsProblem(problem)
         return subscription
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """End a subscription, whether or not the server has it."""
+        with suppress(errors.Error, OSError):
+            await subscription.unsubscribe()
 
     async def request(self, subject: str, payload: bytes = b"") -> bytes:
         """The answer to a request. Raises NoAnswer when nobody serves the subject, NatsProblem otherwise."""
@@ -177,6 +185,8 @@ class NatsConnection:
                 # Answers come to a subject of nats-py's choice.
                 if (asked == subject or lower.startswith("_inbox.")) and not waiting.done():
                     waiting.set_exception(NatsProblem(problem))
+        elif not isinstance(error, errors.Error | OSError | TimeoutError):
+            self.failure = error
 
 
 class NatsConnector:

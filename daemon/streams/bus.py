@@ -143,8 +143,13 @@ class Bus:
     def disconnected(self) -> None:
         """The bus is gone. What it does not keep is lost, whether or not there was anything."""
         self._connected = False
+        if not self._limits.durable:
+            self.doubt()
+
+    def doubt(self) -> None:
+        """Messages may have been missed, and nobody knows whose: each worker has to be heard of again."""
         for worker in self.workers.values():
-            worker.proven = worker.proven and self._limits.durable
+            worker.proven = False
 
     def receive(self, message: list[Delivery], now_ms: int) -> Verdicts:
         """One message: what it is to each worker that it has something of."""

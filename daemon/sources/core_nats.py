@@ -1,0 +1,121 @@
+"""A bus over core NATS: who listens gets it, and nobody keeps it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from ..config import NatsConfig
+from ..frame_queue import FrameQueue
+from ..logs import get_logger
+from .bus_source import BusSource
+from .nats_bus import BURST_ITEMS, NatsBus, drain
+from .nats_connection import Backoff, Callback, NatsConnection
+from .nats_problems import NatsProblem
+from .subjects import matches, overlap
+
+_TICK_S = 0.1
+_DRAIN_S = 2.0
+_FEW_SIGNS = 4096
+"""Signs of life that may wait: older ones say nothing that the next ones do not."""
+
+log = get_logger("nats")
+
+
+class CoreBus(NatsBus):
+    """Follows the subjects of a bus. A subject that the server refuses is tried again while the others are followed."""
+
+    def __init__(self, bus: BusSource, config: NatsConfig, queue: FrameQueue) -> None:
+        super().__init__(bus, config, queue)
+        self._subscribed: dict[str, Subscription] = {}
+        self._arrived = asyncio.Event()
+
+    async def follow(self, connection: NatsConnection) -> None:
+        self._subscribed = {}
+        retry = Backoff(self.config.connection)
+        wanted = [*self.subjects, *filter(None, [self.signs_of_life])]
+        refused = await self._subscribe(connection, wanted)
+        if not self._subscribed.keys() & set(self.subjects):
+            raise NatsProblem("; ".join(refused.values()))
+        self.bus.connection_made()
+        loop = asyncio.get_running_loop()
+        retry_at = loop.time() + retry.next_s()
+        while not connection.is_lost:
+            if refused:
+                self.bus.fail("; ".join(refused.values()))
+                if loop.time() >= retry_at:
+                    refused = await self._subscribe(connection, list(refused))
+                    retry_at = loop.time() + retry.next_s()
+                    if not refused:
+                        self.bus.connection_made()
+            refused |= await self._withdrawn(connection)
+            if connection.failure is not None:
+                raise connection.failure
+            await self._hand_over()
+        raise NatsProblem(connection.why_lost())
+
+    async def leave(self, connection: NatsConnection) -> None:
+        """What waits in the client is taken, unless the queue is full for long."""
+        await drain(connection, _DRAIN_S)
+
+    async def _hand_over(self) -> None:
+        """Hand over until the next tick."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + _TICK_S
+        while (left := ends - loop.time()) > 0:
+            try:
+                async with asyncio.timeout(left):
+                    await self._arrived.wait()
+            except TimeoutError:
+                break
+            self._arrived.clear()
+            await self.outlet.flush()
+        self.tick()
+        await self.outlet.flush()
+
+    async def _subscribe(self, connection: NatsConnection, subjects: list[str]) -> dict[str, str]:
+        """Subscribe. Returns those that are refused, with the reason."""
+        refused = {}
+        for subject in subjects:
+            is_life = subject == self.signs_of_life
+            try:
+                self._subscribed[subject] = await connection.subscribe(
+                    subject,
+                    self.take_sign_of_life if is_life else self._receiver(subject),
+                    max_messages=_FEW_SIGNS if is_life else self.config.pending_max_messages,
+                    max_bytes=self.config.pending_max_bytes,
+                )
+            except NatsProblem as problem:
+                if connection.is_lost:
+                    raise
+                refused[subject] = str(problem)
+        return refused
+
+    async def _withdrawn(self, connection: NatsConnection) -> dict[str, str]:
+        """Subscriptions that the server has ended since: its users were changed."""
+        found = {subject: why for subject, why in connection.refused.items() if subject in self._subscribed}
+        for subject in found:
+            await connection.unsubscribe(self._subscribed.pop(subject))
+        if found and not self._subscribed.keys() & set(self.subjects):
+            raise NatsProblem("; ".join(found.values()))
+        return found
+
+    def _receiver(self, subject: str) -> Callback:
+        """What is called for each message in turn. While it waits, messages wait in the client, up to its bound.
+
+        A message of several subscriptions comes once for each, and only the first of them takes it.
+        """
+        subjects = self.subjects
+        earlier = [one for one in subjects[: subjects.index(subject)] if overlap(one, subject)]
+
+        async def receive(message: Msg) -> None:
+            if earlier and any(one in self._subscribed and matches(one, message.subject) for one in earlier):
+                return
+            self.take(message)
+            self._arrived.set()
+            if len(self.outlet) >= BURST_ITEMS:
+                await self.outlet.flush()
+
+        return receive

@@ -1,0 +1,155 @@
+"""What following a bus over core NATS and over JetStream have in common: trying again, and handing over."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from nats import errors
+from nats.aio.msg import Msg
+
+from kvcensus.translators.dynamo_envelope import DEFAULT_SUBJECTS
+
+from ..config import NatsConfig, SourceType
+from ..frame_queue import FrameQueue, Item
+from ..logs import get_logger
+from ..relay.convention import EVENTS_PREFIX, every_subject
+from .bus_source import BusSource
+from .nats_connection import Backoff, NatsConnection, NatsConnector
+from .nats_problems import NatsProblem
+from .opening import open_message
+
+BURST_ITEMS = 256
+"""What is handed over at a time: more would only wait longer for the writer."""
+_ROOM_LOOK_S = 0.002
+"""How often a full queue is looked at: a thread cannot wake an event loop for free."""
+_LOG_EVERY_S = 10.0
+
+log = get_logger("nats")
+
+
+class Outlet:
+    """The way to the writer: in order, and waiting without blocking the event loop while the queue is full."""
+
+    def __init__(self, queue: FrameQueue) -> None:
+        self._queue = queue
+        self._lock = asyncio.Lock()
+        self._items: list[Item] = []
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        """Items that are not handed over yet."""
+        return len(self._items)
+
+    def add(self, items: list[Item], payload_bytes: int = 0) -> None:
+        """Items for the next burst."""
+        self._items += items
+        self._bytes += payload_bytes
+
+    async def flush(self) -> None:
+        """Hand over what was added, as one burst. Returns when the queue has it, or is closed."""
+        async with self._lock:
+            while self._items and not self._queue.offer(self._items, self._bytes):
+                await asyncio.sleep(_ROOM_LOOK_S)
+            self._items, self._bytes = [], 0
+
+
+class NatsBus:
+    """Follows one bus: connects, follows until something is wrong, says what, waits, and begins again."""
+
+    def __init__(self, bus: BusSource, config: NatsConfig, queue: FrameQueue) -> None:
+        self.bus = bus
+        self.config = config
+        self.outlet = Outlet(queue)
+        self._connector = NatsConnector(config.connection, f"kvcensus {config.name}")
+        self._backoff = Backoff(config.connection)
+        self._drop_logged_s = 0.0
+
+    @property
+    def signs_of_life(self) -> str:
+        """The subject of the signs of life of relays, "" for none."""
+        return "" if self.config.type is SourceType.DYNAMO else self.config.alive_subject
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Those of the messages."""
+        if self.config.subjects:
+            return self.config.subjects
+        return DEFAULT_SUBJECTS if self.config.type is SourceType.DYNAMO else (every_subject(EVENTS_PREFIX),)
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            try:
+                await self._follow_once()
+            except NatsProblem as problem:
+                self.bus.fail(str(problem))
+            if loop.time() - began_s > self.config.connection.reconnect_max_ms / 1000:
+                self._backoff.reset()
+            await asyncio.sleep(self._backoff.next_s())
+
+    async def _follow_once(self) -> None:
+        connection = await self._connector.connect()
+        connection.dropped = self._dropped
+        try:
+            await self.follow(connection)
+        except asyncio.CancelledError:
+            await self.leave(connection)
+            raise
+        finally:
+            self.bus.connection_lost()
+            await connection.close()
+            await self.outlet.flush()
+
+    async def follow(self, connection: NatsConnection) -> None:
+        """Follow over one connection. Raises NatsProblem when nothing comes of it any more."""
+        raise NotImplementedError
+
+    async def leave(self, connection: NatsConnection) -> None:
+        """The end has come: take what is already here."""
+        raise NotImplementedError
+
+    def tick(self) -> None:
+        """Time has passed: leases, and the states that are shown."""
+        self.outlet.add(self.bus.tick())
+        for one in (*self.bus.workers(), self.bus.position):
+            state = one.note_state()
+            if state is not None:
+                log.debug("stream_state", bus=self.bus.name, stream=one.stream, state=state)
+
+    def take(self, message: Msg) -> None:
+        """One message: what it comes to goes to the outlet."""
+        bus, payload = self.bus, message.data
+        size = len(payload)
+        bus.counters.messages += 1
+        bus.counters.bytes += size
+        settings = bus.settings
+        opening = open_message(settings.type, settings.worker_prefix, message.subject, message.headers, payload)
+        self.outlet.add(bus.take(opening, payload), size)
+
+    async def take_sign_of_life(self, message: Msg) -> None:
+        """One sign of life of a relay."""
+        self.take(message)
+
+    def _dropped(self, subject: str) -> None:
+        self.bus.counters.dropped += 1
+        self.bus.bus.doubt()
+        now = asyncio.get_running_loop().time()
+        if now - self._drop_logged_s > _LOG_EVERY_S:
+            self._drop_logged_s = now
+            log.warning(
+                "messages_dropped",
+                bus=self.bus.name,
+                subject=subject,
+                dropped=self.bus.counters.dropped,
+                detail="more wait than pending_max_messages or pending_max_bytes; what is missed fences its workers",
+            )
+
+
+async def drain(connection: NatsConnection, seconds: float) -> None:
+    """Take what the server has sent already."""
+    with suppress(errors.Error, OSError, TimeoutError):
+        async with asyncio.timeout(seconds):
+            await connection.client.drain()
