@@ -17,12 +17,20 @@ _AHEAD_S = 0.005
 
 
 class Source:
-    """Publishes from a thread: so many events a second, which are counted, or so many messages, which are not."""
+    """Publishes from a thread: so many events or stored blocks a second, or so many messages, which are not counted."""
 
-    def __init__(self, rank: SimulatedRank, *, events_per_s: float = 0.0, messages_per_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        rank: SimulatedRank,
+        *,
+        events_per_s: float = 0.0,
+        blocks_per_s: float = 0.0,
+        messages_per_s: float = 0.0,
+    ) -> None:
         self.rank = rank
         self.events = self.messages = self.stored = self.removed = 0
         self.events_per_s = events_per_s
+        self.blocks_per_s = blocks_per_s
         self.messages_per_s = messages_per_s
         self._translator = VllmTranslator(TranslatorOptions("w"))
         self._run = threading.Event()
@@ -42,9 +50,12 @@ class Source:
             if self.messages_per_s:
                 due_s += 1 / self.messages_per_s
             else:
-                events = self.events
+                events, stored = self.events, self.stored
                 self._count(message.payload)
-                due_s += (self.events - events) / self.events_per_s
+                if self.blocks_per_s:
+                    due_s += (self.stored - stored) / self.blocks_per_s
+                else:
+                    due_s += (self.events - events) / self.events_per_s
             ahead_s = due_s - time.monotonic()
             if ahead_s > _AHEAD_S:
                 time.sleep(ahead_s)

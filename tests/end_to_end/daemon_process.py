@@ -27,10 +27,10 @@ def wait_until(true: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -
 class DaemonProcess:
     """`kvcensus run` with the given arguments, its data and its log in `directory`."""
 
-    def __init__(self, directory: Path, *arguments: str, backend: str = "lmdb") -> None:
+    def __init__(self, directory: Path, *arguments: str, backend: str = "lmdb", port: int = 0) -> None:
         self.directory = directory
         self.log_path = directory / "daemon.log"
-        self.port = free_port()
+        self.port = port or free_port()
         self._command = [sys.executable, "-m", "kvcensus.daemon.cli", "run", *arguments]
         self._command += ["--data-dir", str(directory / "data"), "--http", f"127.0.0.1:{self.port}"]
         self._command += ["--backend", backend]
@@ -40,8 +40,11 @@ class DaemonProcess:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
         if wait:
-            wait_until(self.answers, "the daemon answers")
+            self.wait_until_it_answers()
         return self
+
+    def wait_until_it_answers(self) -> None:
+        wait_until(self.answers, "the daemon answers")
 
     def answers(self) -> bool:
         assert self.process is not None
@@ -88,6 +91,12 @@ class DaemonProcess:
         status, answer = self.request("POST", path, body)
         assert status == 200, answer
         return json.loads(answer)
+
+    def problems(self) -> list[str]:
+        """What `/readyz` says is wrong."""
+        _, body = self.request("GET", "/readyz")
+        found: list[str] = json.loads(body)["problems"]
+        return found
 
     def streams(self) -> dict[str, dict[str, Any]]:
         return {stream["source"]: stream for stream in self.get("/v1/streams")["streams"]}

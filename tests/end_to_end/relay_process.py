@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import threading
@@ -40,11 +39,6 @@ class RelayProcess(DaemonProcess):
 
     def state(self) -> dict[str, Any]:
         found: dict[str, Any] = self.get("/v1/relay")
-        return found
-
-    def problems(self) -> list[str]:
-        _, body = self.request("GET", "/readyz")
-        found: list[str] = json.loads(body)["problems"]
         return found
 
     def wait_published(self, seq: int, timeout_s: float = 30.0) -> None:
