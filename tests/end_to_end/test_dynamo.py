@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import zmq
 
-from kvcensus.translators.dynamo_envelope import DEFAULT_SUBJECTS, Opened
+from kvcensus.translators.dynamo_envelope import Opened
 from kvcensus.translators.media import Media
 
 from ..dynamo_captures import NAMES, BusMessage, messages_of, published
-from ..nats_servers import NatsServer, nats_server, talking
+from ..nats_servers import nats_server, talking
 from .daemon_process import DaemonProcess, wait_until
 
 Held = dict[str, dict[str, set[str]]]
@@ -32,10 +32,31 @@ WITH_ENVELOPES = [name for name in NAMES if has_envelopes(name)]
 SUBJECT = "namespace.my-ns.component.back_end.endpoint.generate.kv-events"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
-    with nats_server(tmp_path_factory.mktemp("nats")) as running:
-        yield running
+def token_of(name: str) -> str:
+    return name.replace(".", "-")
+
+
+@pytest.fixture(scope="module", params=["core", "jetstream"])
+def central(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon that follows every capture as a bus of its own, with all of it sent."""
+    directory = tmp_path_factory.mktemp(request.param)
+    durable = request.param == "jetstream"
+    with nats_server(directory) as server, talking(server.url) as client:
+        table = "".join(
+            f"[[nats]]\nname = '{name}'\ntype = 'dynamo'\nworker_prefix = '{name}:'\n"
+            f"subjects = ['{token_of(name)}.>']\nstream = '{token_of(name) if durable else ''}'\n"
+            f"[nats.connection]\nservers = ['{server.url}']\n"
+            for name in NAMES
+        )
+        if durable:
+            for name in NAMES:
+                client.add_stream(token_of(name), [f"{token_of(name)}.>"])
+        with following(directory, table) as daemon:
+            wait_until(lambda: all(bus["state"] == "live" for bus in buses(daemon).values()), "every bus is followed")
+            for name in NAMES:
+                for subject, payload in nats_messages(name):
+                    (client.store if durable else client.publish)(f"{token_of(name)}.{subject}", payload)
+            yield daemon
 
 
 def truth(name: str) -> Held:
@@ -62,10 +83,11 @@ def truth(name: str) -> Held:
     return {worker: tiers for worker, tiers in held.items() if tiers}
 
 
-def found(daemon: DaemonProcess) -> Held:
+def found(daemon: DaemonProcess, prefix: str = "") -> Held:
     held: Held = defaultdict(lambda: defaultdict(set))
     for record in daemon.snapshot():
-        held[record["worker_id"]][record["tier"]].add(record["block_hash"])
+        if record["worker_id"].startswith(prefix):
+            held[record["worker_id"].removeprefix(prefix)][record["tier"]].add(record["block_hash"])
     return held
 
 
@@ -77,15 +99,14 @@ def following(directory: Path, table: str) -> Iterator[DaemonProcess]:
         yield daemon
 
 
-def bus(daemon: DaemonProcess) -> dict[str, Any]:
-    (one,) = daemon.get("/v1/streams")["buses"]
-    return dict(one)
+def buses(daemon: DaemonProcess) -> dict[str, dict[str, Any]]:
+    return {bus["bus"]: bus for bus in daemon.get("/v1/streams")["buses"]}
 
 
-def settled(daemon: DaemonProcess, name: str) -> None:
+def settled(daemon: DaemonProcess, name: str, prefix: str = "") -> None:
     expected = truth(name)
-    wait_until(lambda: found(daemon) == expected, f"{name} is in the index")
-    streams = daemon.get("/v1/streams")["streams"]
+    wait_until(lambda: found(daemon, prefix) == expected, f"{name} is in the index")
+    streams = [one for one in daemon.get("/v1/streams")["streams"] if one["stream"].startswith(prefix)]
     assert {stream["trust"] for stream in streams} == {"fresh"}
     assert all(daemon.metric("kvcensus_stream_gaps_total", stream=stream["stream"]) == 0 for stream in streams)
 
@@ -111,7 +132,7 @@ def test_over_zmq(name: str, tmp_path: Path) -> None:
         port = publisher.bind_to_random_port("tcp://127.0.0.1")
         table = f"[[sources]]\ntype = 'dynamo'\nname = 'plane'\nendpoint = 'tcp://127.0.0.1:{port}'\n"
         with following(tmp_path, table) as daemon:
-            wait_until(lambda: bus(daemon)["state"] == "live", "the daemon follows")
+            wait_until(lambda: buses(daemon)["plane"]["state"] == "live", "the daemon follows")
             time.sleep(0.1)
             for message in messages_of(name):
                 publisher.send_multipart(frames_of(message))
@@ -119,33 +140,27 @@ def test_over_zmq(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_over_nats_core(name: str, server: NatsServer, tmp_path: Path) -> None:
-    subjects = [*DEFAULT_SUBJECTS, *{subject for subject, _ in nats_messages(name)}]
-    table = f"[[nats]]\nname = 'plane'\ntype = 'dynamo'\nsubjects = {sorted(set(subjects))}\n"
-    table += f"[nats.connection]\nservers = ['{server.url}']\n"
-    with following(tmp_path, table) as daemon:
-        wait_until(lambda: bus(daemon)["state"] == "live", "the daemon follows")
-        with talking(server.url) as client:
-            for subject, payload in nats_messages(name):
-                client.publish(subject, payload)
-        settled(daemon, name)
+def test_over_nats(central: DaemonProcess, name: str) -> None:
+    settled(central, name, f"{name}:")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_over_jetstream(name: str, server: NatsServer, tmp_path: Path) -> None:
-    prefix = name.replace(".", "-")
-    messages = [(f"{prefix}.{subject}", payload) for subject, payload in nats_messages(name)]
-    with talking(server.url) as client:
-        client.add_stream(prefix, [f"{prefix}.>"])
-        for subject, payload in messages:
-            client.store(subject, payload)
-    table = f"[[nats]]\nname = 'plane'\ntype = 'dynamo'\nstream = '{prefix}'\n"
-    table += f"[nats.connection]\nservers = ['{server.url}']\n"
-    with following(tmp_path, table) as daemon:
-        settled(daemon, name)
-        wait_until(lambda: bus(daemon)["position"] == len(messages), "the position is committed")
-        daemon.kill()
-        daemon.start()
-        wait_until(lambda: bus(daemon)["state"] == "live", "the daemon follows again")
-        settled(daemon, name)
-        assert sum(stream["messages"] for stream in daemon.get("/v1/streams")["streams"]) <= len(messages)
+def test_a_killed_daemon_goes_on_from_its_position(tmp_path: Path) -> None:
+    name = "dynamo-1.1.1-jetstream"
+    with nats_server(tmp_path) as server, talking(server.url) as client:
+        client.add_stream("s", ["s.>"])
+        table = (
+            f"[[nats]]\nname = 'plane'\ntype = 'dynamo'\nstream = 's'\n[nats.connection]\nservers = ['{server.url}']\n"
+        )
+        with following(tmp_path, table) as daemon:
+            for at, (subject, payload) in enumerate(nats_messages(name)):
+                if at == 3:
+                    wait_until(lambda: buses(daemon)["plane"]["position"] == 3, "the position is committed")
+                    daemon.kill()
+                client.store(f"s.{subject}", payload)
+            daemon.start()
+            settled(daemon, name)
+            streams = daemon.get("/v1/streams")["streams"]
+            assert (
+                sum(daemon.metric("kvcensus_stream_applied_messages_total", stream=s["stream"]) for s in streams)
+                == len(nats_messages(name)) - 3
+            )
