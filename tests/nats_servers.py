@@ -27,8 +27,10 @@ import nkeys
 import pytest
 from nats.aio.client import Client
 from nats.js import JetStreamContext
+from nats.js.errors import BadRequestError
 
 _START_S = 20.0
+_NO_PEERS = 10005
 _BELOW_EPHEMERAL = range(10_000, 32_000)
 """Ports that the kernel gives to nobody who asks for any: they stay free while a server is down."""
 
@@ -282,7 +284,18 @@ class Talk:
         return int(self.do(self.jetstream.publish(subject, payload, headers=headers)).seq)
 
     def add_stream(self, name: str, subjects: Sequence[str], **config: Any) -> Any:
-        return self.do(self.jetstream.add_stream(name=name, subjects=list(subjects), **config))
+        """Asked again for a while: a cluster that has just begun forgets requests and does not know its servers."""
+        asking = self.client.jetstream(timeout=2)
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                return self.do(asking.add_stream(name=name, subjects=list(subjects), **config))
+            except TimeoutError:
+                assert time.monotonic() < deadline, f"nobody makes stream {name}"
+            except BadRequestError as error:
+                if error.err_code != _NO_PEERS or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def delete_stream(self, name: str) -> None:
         self.do(self.jetstream.delete_stream(name))

@@ -62,18 +62,22 @@ servers = {servers}
 class RelayProcess(DaemonProcess):
     """`kvcensus relay` for some of the workers. `bound` of its spool in bytes, 0: the default."""
 
-    def __init__(self, directory: Path, config: Path, workers: Sequence[str], bound: int) -> None:
+    def __init__(self, directory: Path, config: Path, engines: Sequence[SimulatedEngine], bound: int) -> None:
         super().__init__(directory)
         self.port = free_port()
-        self.workers = tuple(workers)
+        self._streams = {engine.name: engine.ranks[0].worker_id for engine in engines}
         self.bound = bound
         self._command = [sys.executable, "-m", "kvcensus.daemon.cli", "relay", "--config", str(config)]
         self._command += ["--spool-dir", str(directory / "spool"), "--http", f"127.0.0.1:{self.port}"]
 
+    @property
+    def workers(self) -> tuple[str, ...]:
+        return tuple(self._streams.values())
+
     def dropped(self) -> dict[str, int]:
         """Messages that it says it gave up, by worker."""
         name = "kvcensus_relay_stream_dropped_messages_total"
-        found = {worker: int(self.metric(name, stream=worker, cause="bound")) for worker in self.workers}
+        found = {worker: int(self.metric(name, stream=one, cause="bound")) for one, worker in self._streams.items()}
         return {worker: count for worker, count in found.items() if count}
 
     def said_dropped(self) -> dict[str, int]:
@@ -81,7 +85,7 @@ class RelayProcess(DaemonProcess):
         found: Counter[str] = Counter()
         for line in self.log():
             if line["event"] == "messages_dropped":
-                found[line["worker"]] += line["messages"]
+                found[self._streams[line["worker"]]] += line["messages"]
         return dict(found)
 
 
@@ -215,7 +219,7 @@ def bus_stage(
             config = place / "relay.toml"
             bound = bounds.get(number, 0)
             config.write_text(_relay_config(mine, servers, bound))
-            made.append(RelayProcess(place, config, [one.name for one in mine], bound))
+            made.append(RelayProcess(place, config, mine, bound))
         (directory / "central").mkdir()
         central_config = directory / "central" / "kvcensus.toml"
         central_config.write_text(_CENTRAL.format(bus=BUS, jetstream=JETSTREAM, servers=servers))
