@@ -41,9 +41,22 @@ def free_port() -> int:
 
 @contextmanager
 def running_daemon(endpoint: str, backend: str, directory: Path) -> Iterator[Daemon]:
-    """`kvcensus run` as a process of its own."""
+    """`kvcensus run --engine ENDPOINT` as a process of its own."""
+    with _daemon(["--engine", endpoint, "--worker", "bench"], backend, directory) as daemon:
+        yield daemon
+
+
+@contextmanager
+def configured_daemon(config: Path, backend: str, directory: Path) -> Iterator[Daemon]:
+    """`kvcensus run --config FILE` as a process of its own."""
+    with _daemon(["--config", str(config)], backend, directory) as daemon:
+        yield daemon
+
+
+@contextmanager
+def _daemon(what: list[str], backend: str, directory: Path) -> Iterator[Daemon]:
     port = free_port()
-    command = [sys.executable, "-m", "kvcensus.daemon.cli", "run", "--engine", endpoint, "--worker", "bench"]
+    command = [sys.executable, "-m", "kvcensus.daemon.cli", "run", *what]
     command += ["--backend", backend, "--data-dir", str(directory), "--http", f"127.0.0.1:{port}"]
     with Path(f"{directory}.log").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)

