@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from .convention import every_subject
 
 _API = "$JS.API.STREAM"
 _NOT_FOUND = 404
+_ASK_S = 1.0
+"""How long to wait for what a server says of a stream: nothing is published meanwhile."""
 _NS = 1_000_000_000
 
 log = get_logger("relay")
@@ -57,13 +60,14 @@ class RelayStream:
         """Make the stream if it is missing and may be made. Raises NatsProblem when it is not there then."""
         name = self._options.name
         try:
-            found = await self._ask(connection, "INFO", b"")
+            async with asyncio.timeout(_ASK_S):
+                found = await self._ask(connection, "INFO", b"")
         except NoAnswer as error:
             raise NatsProblem(f"{connection.url} has no JetStream, or no leader for it") from error
-        except NatsProblem as problem:
+        except (NatsProblem, TimeoutError) as problem:
             if connection.is_lost:
-                raise
-            # Whoever may only publish needs no permission to ask.
+                raise NatsProblem(connection.why_lost()) from problem
+            # Whoever may only publish needs no permission to ask, and without a leader nobody answers.
             log.debug("stream_not_asked_for", stream=name, reason=str(problem))
             return
         if found is None:
