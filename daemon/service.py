@@ -29,7 +29,7 @@ from .quarantine import Quarantine, QuarantineLimits
 from .sources.bus_source import BusSettings, BusSource
 from .sources.nats import NatsIntake
 from .sources.zmq import ZmqIntake
-from .sources.zmq_sockets import ZmqOptions
+from .sources.zmq_sockets import options_of
 from .status import BusFigures, Readiness, StreamCounters, StreamStatus, Trust
 from .streams.bus import BusLimits
 from .streams.state import StreamLimits
@@ -120,7 +120,7 @@ class Service:
         )
         self._streams = {**self._streams, stream.stream: (source, followed)}
         self._claims.claim(stream.stream, stream.source)
-        options = _zmq_options(source, stream.endpoint, stream.replay_endpoint)
+        options = options_of(source, stream.endpoint, stream.replay_endpoint)
         self._intake.add(followed, options)
 
     def _follow_bus(self, config: SourceConfig | NatsConfig, cursors: Iterable[Cursor]) -> None:
@@ -129,7 +129,7 @@ class Service:
         if isinstance(config, NatsConfig):
             self._nats.add(bus, config)
         else:
-            self._intake.add_bus(bus, _zmq_options(config, str(Endpoint.parse(config.endpoint))))
+            self._intake.add_bus(bus, options_of(config, str(Endpoint.parse(config.endpoint))))
 
     def _leave_bus(self, config: SourceConfig | NatsConfig, bus: BusSource, *, retire: bool) -> None:
         """Returns once all that the bus brought is committed."""
@@ -276,22 +276,6 @@ def _bus_settings(config: SourceConfig | NatsConfig) -> BusSettings:
         stale_after_ms=config.stale_after_ms,
         events=config,
         type=config.type,
-    )
-
-
-def _zmq_options(source: SourceConfig, endpoint: str, replay_endpoint: str = "") -> ZmqOptions:
-    return ZmqOptions(
-        endpoint=endpoint,
-        replay_endpoint=replay_endpoint,
-        topic=source.topic,
-        bind=source.bind,
-        receive_hwm=source.receive_hwm,
-        max_message_bytes=source.max_message_bytes,
-        reconnect_min_ms=source.reconnect_min_ms,
-        reconnect_max_ms=source.reconnect_max_ms,
-        heartbeat_ms=source.heartbeat_ms,
-        curve_server_key_file=source.curve_server_key_file,
-        curve_secret_key_file=source.curve_secret_key_file,
     )
 
 

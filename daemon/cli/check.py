@@ -4,32 +4,70 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from ..config import Config, ConfigError, load_config
 from .columns import columns
-from .ending import EXIT_CONFIG, Failure
+from .ending import EXIT_CONFIG, EXIT_UNAVAILABLE, Failure
+
+if TYPE_CHECKING:
+    from ..probe.findings import ProbeFindings
+
+PROBE_S = 5.0
+"""Twice the longest wait between two messages of an engine that works, and few enough to wait for."""
 
 
 @click.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), required=True, metavar="FILE", help="TOML file.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: config, streams, warnings.")
-def check(path: Path, as_json: bool) -> None:
-    """Say what a configuration would run, environment overrides included.
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: config, streams, warnings; with --probe, probe.")
+@click.option("--probe", "probed", is_flag=True, help="Connect to every source, and say what is there.")
+@click.option(
+    "--probe-s",
+    "probe_s",
+    type=click.FloatRange(min=0.1, max=3600),
+    metavar="SECONDS",
+    help=f"How long to look.  [default: {PROBE_S:g}]",
+)
+def check(path: Path, as_json: bool, probed: bool, probe_s: float | None) -> None:
+    """Say what a configuration would run, environment overrides included, and with --probe what is at its sources.
 
-    A bad one is named as FILE:LINE: KEY: REASON, with exit code 78. Warnings do not change the exit code.
+    A bad one is named as FILE:LINE: KEY: REASON, with exit code 78. Exits with 69 when a source is not reached.
+    Warnings do not change the exit code.
     """
+    if probe_s is not None and not probed:
+        raise click.UsageError("--probe-s goes with --probe")
     try:
         config = load_config(path, os.environ)
     except ConfigError as error:
         raise Failure(str(error), EXIT_CONFIG) from error
     if as_json:
         streams = [stream for _, stream in config.streams()]
-        click.echo(msgspec.json.encode({"config": config, "streams": streams, "warnings": config.warnings()}))
-        return
+        printed = {"config": config, "streams": streams, "warnings": config.warnings()}
+        findings = _probe(config, probe_s) if probed else None
+        if findings is not None:
+            printed["probe"] = findings
+        click.echo(msgspec.json.encode(printed))
+    else:
+        _show(path, config)
+        findings = _probe(config, probe_s) if probed else None
+        if findings is not None:
+            from ..probe.words import report
+
+            click.echo(f"\n{report(findings)}")
+    if findings is not None and not findings.reached:
+        click.get_current_context().exit(EXIT_UNAVAILABLE)
+
+
+def _probe(config: Config, seconds: float | None) -> ProbeFindings:
+    from ..probe.probing import probe
+
+    return probe(config, PROBE_S if seconds is None else seconds)
+
+
+def _show(path: Path, config: Config) -> None:
     click.echo(f"{path}: ok\n")
     click.echo(columns(("SETTING", "VALUE"), _settings(config)))
     click.echo()

@@ -18,7 +18,7 @@ from ..frame_queue import FrameQueue
 from ..logs import get_logger
 from ..sources.nats_connection import Backoff, NatsConnector
 from ..sources.zmq import ZmqIntake
-from ..sources.zmq_sockets import ZmqOptions
+from ..sources.zmq_sockets import options_of
 from ..status import Readiness
 from ..streams.state import StreamLimits
 from .convention import Address
@@ -83,7 +83,8 @@ class RelayService:
     def start(self) -> None:
         """Follow every stream from its cursor, and publish what the spool has."""
         for source, stream in self.config.streams():
-            self._intake.add(self.streams[stream.stream].followed, _zmq_options(source, stream))  # type: ignore[arg-type]
+            options = options_of(source, stream.endpoint, stream.replay_endpoint)
+            self._intake.add(self.streams[stream.stream].followed, options)  # type: ignore[arg-type]
         log.info("spool_opened", lineage=self.spool.lineage, waiting=self.spool.waiting, bytes=self.spool.waiting_bytes)
         self.spooler.start()
         self.publisher.start()
@@ -148,20 +149,4 @@ def _followed(source: SourceConfig, stream: StreamConfig, cursor: Cursor | None)
         stale_after_ms=source.stale_after_ms,
         silent_after_ms=source.silent_after_ms,
         engine=source.type,
-    )
-
-
-def _zmq_options(source: SourceConfig, stream: StreamConfig) -> ZmqOptions:
-    return ZmqOptions(
-        endpoint=stream.endpoint,
-        replay_endpoint=stream.replay_endpoint,
-        topic=source.topic,
-        bind=source.bind,
-        receive_hwm=source.receive_hwm,
-        max_message_bytes=source.max_message_bytes,
-        reconnect_min_ms=source.reconnect_min_ms,
-        reconnect_max_ms=source.reconnect_max_ms,
-        heartbeat_ms=source.heartbeat_ms,
-        curve_server_key_file=source.curve_server_key_file,
-        curve_secret_key_file=source.curve_secret_key_file,
     )

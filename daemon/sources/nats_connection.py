@@ -90,6 +90,11 @@ class NatsConnection:
     def version_text(self) -> str:
         return str(self._offer.get("version", "of unknown version"))
 
+    @property
+    def uses_tls(self) -> bool:
+        """Whether it is encrypted."""
+        return self._servers.tls_first or bool(self._offer.get("tls_required"))
+
     def why_lost(self) -> str:
         """A sentence on its end."""
         error = self.client.last_error or errors.UnexpectedEOF()

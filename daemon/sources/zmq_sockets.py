@@ -11,7 +11,8 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ..credentials import read_curve_keys
+from ..config import SourceConfig
+from ..credentials import CurveKeys, read_curve_keys
 
 BURST_MESSAGES = 256
 """Messages taken from one socket before the others are looked at."""
@@ -40,6 +41,50 @@ class ZmqOptions(msgspec.Struct, frozen=True):
     curve_secret_key_file: str = ""
 
 
+def options_of(source: SourceConfig, endpoint: str, replay_endpoint: str = "") -> ZmqOptions:
+    """How to reach a publisher of a source."""
+    return ZmqOptions(
+        endpoint=endpoint,
+        replay_endpoint=replay_endpoint,
+        topic=source.topic,
+        bind=source.bind,
+        receive_hwm=source.receive_hwm,
+        max_message_bytes=source.max_message_bytes,
+        reconnect_min_ms=source.reconnect_min_ms,
+        reconnect_max_ms=source.reconnect_max_ms,
+        heartbeat_ms=source.heartbeat_ms,
+        curve_server_key_file=source.curve_server_key_file,
+        curve_secret_key_file=source.curve_secret_key_file,
+    )
+
+
+def curve_of(options: ZmqOptions) -> CurveKeys | None:
+    """The keys for a publisher, None without CURVE. Raises CredentialError."""
+    if not options.curve_server_key_file:
+        return None
+    return read_curve_keys(options.curve_server_key_file, options.curve_secret_key_file)
+
+
+def open_socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, options: ZmqOptions, curve: CurveKeys | None
+) -> zmq.Socket[bytes]:
+    """A socket with the options of a publisher, not connected yet."""
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.rcvhwm = options.receive_hwm
+    socket.maxmsgsize = options.max_message_bytes
+    socket.reconnect_ivl = options.reconnect_min_ms
+    socket.reconnect_ivl_max = options.reconnect_max_ms
+    if curve is not None:
+        socket.curve_serverkey = curve.server
+        socket.curve_publickey = curve.public
+        socket.curve_secretkey = curve.secret
+    if options.heartbeat_ms and not options.endpoint.startswith("inproc://"):
+        socket.heartbeat_ivl = options.heartbeat_ms
+        socket.heartbeat_timeout = 3 * options.heartbeat_ms
+    return socket
+
+
 class Change(Enum):
     """What happened to a connection."""
 
@@ -55,11 +100,7 @@ class LiveSocket:
         self.options = options
         self._context = context
         self.topic = options.topic.encode()
-        self._curve = (
-            read_curve_keys(options.curve_server_key_file, options.curve_secret_key_file)
-            if options.curve_server_key_file
-            else None
-        )
+        self._curve = curve_of(options)
         self.live, self.monitor = self._open_live()
         self.reopen_at_ms = 0
         self._connected_at_ms = 0
@@ -90,21 +131,7 @@ class LiveSocket:
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """A socket with the options of this publisher."""
-        options = self.options
-        socket = self._context.socket(kind)
-        socket.linger = 0
-        socket.rcvhwm = options.receive_hwm
-        socket.maxmsgsize = options.max_message_bytes
-        socket.reconnect_ivl = options.reconnect_min_ms
-        socket.reconnect_ivl_max = options.reconnect_max_ms
-        if self._curve is not None:
-            socket.curve_serverkey = self._curve.server
-            socket.curve_publickey = self._curve.public
-            socket.curve_secretkey = self._curve.secret
-        if options.heartbeat_ms and not options.endpoint.startswith("inproc://"):
-            socket.heartbeat_ivl = options.heartbeat_ms
-            socket.heartbeat_timeout = 3 * options.heartbeat_ms
-        return socket
+        return open_socket(self._context, kind, self.options, self._curve)
 
     def connected(self, now: int) -> None:
         """The connection is there."""
