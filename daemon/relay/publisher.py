@@ -94,6 +94,7 @@ class Publisher(threading.Thread):
         self._window = Window(options.window, _WINDOW_BYTES, options.ack_timeout_ms)
         self._published = spool.published()
         self._handed_over = 0
+        self._drops_seen = 0
         self._too_large: set[int] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken = asyncio.Event()
@@ -210,20 +211,25 @@ class Publisher(threading.Thread):
 
     async def _send_some(self, connection: NatsConnection, inbox: str) -> int:
         """Publish what there is room for. Returns how many records that were."""
+        self._forget_dropped()
         most, most_bytes = self._window.room()
-        if most <= 0 or most_bytes <= 0:
-            return 0
-        sent = 0
-        for key, record in self._spool.read(self._window.after, most, most_bytes):
-            if not self._window.may_follow(record):
-                break
+        if most > 0 and most_bytes > 0:
+            for key, record in self._spool.read(self._window.after, most, most_bytes):
+                self._window.hold(key, record)
+        ready = self._window.ready()
+        for key, record in ready:
             subject, headers, payload = self._message(key, record, connection.client.max_payload)
-            self.counters.republished += key <= self._window.highest
-            token = self._window.send(key, record, len(payload), monotonic_ms())
+            token = self._window.send(record, monotonic_ms())
             await connection.publish(subject, payload, f"{inbox}.{token}", headers)
-            sent += 1
-        self.counters.sent += sent
-        return sent
+        self.counters.sent += len(ready)
+        self.counters.republished = self._window.repeated
+        return len(ready)
+
+    def _forget_dropped(self) -> None:
+        """What is held may have been dropped from the spool since: the fences in its place are to be published."""
+        if self._window.one_by_one and self._spool.drops != self._drops_seen:
+            self._drops_seen = self._spool.drops
+            self._window.retreat()
 
     def _message(self, key: int, record: Record, max_bytes: int) -> tuple[str, dict[str, str], bytes]:
         """Subject, headers and body. What the server does not take for its size becomes a fence in its place."""

@@ -99,6 +99,8 @@ class Spool:
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         """Open or create. Raises BackendBusy, BackendFormat, BackendCorrupt, BackendFull or BackendError."""
+        self.drops = 0
+        """Times that records were dropped. The reader has to read again what it read ahead."""
         self._directory = directory
         self._path = directory / SPOOL_FILE
         self._max_bytes = max_bytes
@@ -234,6 +236,7 @@ class Spool:
             if size.bytes > self._max_bytes:
                 size, losses = self._drop(txn, size, self._max_bytes * _KEEP_EIGHTHS // 8)
         self._size, self.last_key = size, last_key
+        self.drops += bool(losses)
         return losses
 
     def make_room(self) -> list[Loss]:
@@ -241,6 +244,7 @@ class Spool:
         with self._writing() as txn:
             size, losses = self._drop(txn, self._size, self._size.bytes * _KEEP_EIGHTHS // 8)
         self._size = size
+        self.drops += bool(losses)
         return losses
 
     def _trim(self, txn: lmdb.Transaction[bytes], size: _Size, through: int) -> _Size:

@@ -17,7 +17,7 @@ SIZE = 100
 
 
 def record(key: int) -> Record:
-    return Record(ADDRESSES[key % 2], 1, key, Control.NONE, key)
+    return Record(ADDRESSES[key % 2], 1, key, Control.NONE, key, bytes(SIZE))
 
 
 def window(most: int = 8, most_bytes: int = 1 << 20) -> Window:
@@ -28,7 +28,8 @@ def window(most: int = 8, most_bytes: int = 1 << 20) -> Window:
 
 
 def send(into: Window, key: int, now_ms: int = 0) -> int:
-    return into.send(key, record(key), SIZE, now_ms)
+    into.hold(key, record(key))
+    return into.send(record(key), now_ms)
 
 
 def test_records_are_done_in_order_whatever_the_order_of_their_answers() -> None:
@@ -45,7 +46,7 @@ def test_the_next_record_follows_the_last_one_sent() -> None:
     flight = window()
     send(flight, 2)
     send(flight, 9)
-    assert (flight.after, flight.through, flight.in_flight) == (9, 1, 2)
+    assert (flight.after, flight.through, len(flight)) == (9, 1, 2)
 
 
 def test_it_holds_no_more_than_its_limits() -> None:
@@ -71,19 +72,40 @@ def test_after_a_failure_one_record_goes_alone_until_it_is_acknowledged() -> Non
     assert flight.room()[0] == 8
 
 
-def test_one_by_one_is_one_of_each_stream() -> None:
+def ready(flight: Window) -> list[int]:
+    return [key for key, _ in flight.ready()]
+
+
+def test_one_by_one_is_one_of_each_stream_and_nobody_waits_for_another() -> None:
     flight = window()
-    assert flight.may_follow(record(2))
     flight.one_by_one = True
-    two = send(flight, 2)
-    assert flight.may_follow(record(3))
-    assert not flight.may_follow(record(4))
-    send(flight, 3)
-    flight.acknowledge(two)
-    assert flight.may_follow(record(4))
-    assert not flight.may_follow(record(5))
+    for key in (2, 4, 6, 7, 9):
+        flight.hold(key, record(key))
+    assert ready(flight) == [2, 7]
+    two, seven = flight.send(record(2), 0), flight.send(record(7), 0)
+    assert ready(flight) == []
+    assert flight.acknowledge(seven) == []
+    assert ready(flight) == [9]
+    assert [done.key for done in flight.acknowledge(two)] == [2]
+    assert (ready(flight), flight.through) == ([4, 9], 2)
+    assert flight.retreat().records == 1, "what was held was never published"
+    assert (ready(flight), flight.after) == ([], 2)
+
+
+def test_otherwise_what_is_held_is_published_at_once() -> None:
+    flight = window()
+    for key in (2, 3, 4):
+        flight.hold(key, record(key))
+    assert ready(flight) == [2, 3, 4]
+
+
+def test_what_is_published_again_is_counted() -> None:
+    flight = window()
+    send(flight, 2)
     flight.retreat()
-    assert flight.may_follow(record(3))
+    send(flight, 2)
+    send(flight, 3)
+    assert flight.repeated == 1
 
 
 def test_it_is_overdue_by_the_first_record_without_an_answer() -> None:
@@ -156,7 +178,7 @@ def test_whatever_is_lost_the_server_gets_everything_and_in_order(steps: list[st
     for step in steps:
         wire.now_ms += 1
         getattr(wire, step)()
-        assert wire.flight.in_flight <= most
+        assert len(wire.flight) <= most
         assert wire.stored == list(range(1, len(wire.stored) + 1))
         assert wire.flight.through <= len(wire.stored)
     for _ in range(20 * wire.last):
@@ -165,3 +187,57 @@ def test_whatever_is_lost_the_server_gets_everything_and_in_order(steps: list[st
             getattr(wire, step)()
     assert wire.flight.through == wire.last
     assert wire.stored == list(range(1, wire.last + 1))
+
+
+class Handovers:
+    """Servers that lose any of the records on their way and keep the others, and a publisher of two streams."""
+
+    def __init__(self, last: int) -> None:
+        self.flight = Window(6, 1 << 20, 10)
+        self.flight.one_by_one = True
+        self.last = last
+        self.stored: list[int] = []
+        self.now_ms = 0
+        self._under_way: list[tuple[int, int]] = []
+
+    def send(self) -> None:
+        while self.flight.room()[0] > 0 and self.flight.after < self.last:
+            self.flight.hold(self.flight.after + 1, record(self.flight.after + 1))
+        for key, one in self.flight.ready():
+            self._under_way.append((self.flight.send(one, self.now_ms), key))
+
+    def take_first(self) -> None:
+        self._take(0)
+
+    def take_last(self) -> None:
+        self._take(-1)
+
+    def lose_first(self) -> None:
+        self._under_way = self._under_way[1:]
+
+    def time_out(self) -> None:
+        if self.flight.overdue(self.now_ms):
+            self.flight.retreat()
+
+    def _take(self, which: int) -> None:
+        if self._under_way:
+            token, key = self._under_way.pop(which)
+            if key not in self.stored:
+                self.stored.append(key)
+            self.flight.acknowledge(token)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["send", "take_first", "take_last", "lose_first", "time_out"]), max_size=150))
+def test_whatever_a_handover_loses_every_stream_is_stored_in_order(steps: list[str]) -> None:
+    servers = Handovers(last=30)
+    for step in steps:
+        servers.now_ms += 3
+        getattr(servers, step)()
+    for _ in range(20 * servers.last):
+        servers.now_ms += 3
+        for step in ("send", "take_first", "time_out"):
+            getattr(servers, step)()
+    assert servers.flight.through == servers.last
+    for which in (0, 1):
+        assert [key for key in servers.stored if key % 2 == which] == [key for key in range(1, 31) if key % 2 == which]

@@ -89,7 +89,7 @@ def play(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         workers=arguments.workers,
         relays=relays,
         seed=arguments.seed,
-        blocks_per_s=arguments.rate,
+        blocks_per_s=arguments.rate * arguments.workers / (arguments.workers - relays),
         bounds=dict.fromkeys(range(0, relays, 2), arguments.bound) if arguments.bound else {},
     ) as stage:
         fleet, watch = stage.fleet, Watch(stage.relays)
@@ -136,7 +136,7 @@ def play(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--rate", type=float, default=10_000.0, help="stored blocks a second, of all workers together")
+    parser.add_argument("--rate", type=float, default=10_000.0, help="stored blocks a second during the outage")
     parser.add_argument("--bound", type=int, default=0, help="bytes that every other relay may keep")
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
