@@ -7,6 +7,8 @@ Without --bound the relays spool what comes and deliver all of it: at the end th
 worker. With it every other relay may keep no more than that. They must say what they dropped and of whom, in their log
 and in their metrics alike, and the central index must disbelieve exactly these workers; all others are the truth. One
 worker of each relay publishes nothing during the outage: it must lose nothing, whatever the bound.
+
+When the servers are back the fleet goes on until the relays have caught up with it, but no longer than the outage took.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from tests.end_to_end.daemon_process import wait_until
 STEADY_S = 5.0
 WORKERS_PER_RELAY = 4
 _LOOK_S = 0.25
-_DRAINED_S = 300.0
 _CAUGHT_UP_RECORDS = 500
 """Records that wait when a fleet publishes and nothing is wrong: fewer."""
 
@@ -102,12 +103,11 @@ def play(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         published = fleet.stored - stored
         rate = published / (time.monotonic() - began_s)
         back_s = time.monotonic()
-        while watch.look() > _CAUGHT_UP_RECORDS:
-            assert time.monotonic() < back_s + _DRAINED_S, "the relays never catch up with the fleet"
+        while (waiting := watch.look()) > _CAUGHT_UP_RECORDS and time.monotonic() < back_s + arguments.seconds:
             time.sleep(_LOOK_S)
-        caught_up_s = time.monotonic() - back_s
         time.sleep(STEADY_S)
         fleet.pause()
+        went_on_s = time.monotonic() - back_s
         for relay, most in watch.most_bytes.items():
             assert not relay.bound or most <= relay.bound, f"{relay.directory.name} kept {most} bytes"
         dropped = what_was_dropped(stage.relays)
@@ -128,7 +128,8 @@ def play(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             "dropped_messages": dropped,
             "untrusted": sorted(dropped),
             "equal": len(fleet.sources) - len(dropped),
-            "caught_up_s": round(caught_up_s, 1),
+            "went_on_s": round(went_on_s, 1),
+            "records_waiting_by_then": waiting,
             "pause_to_truth_s": round(settled_s, 2),
         }
 
