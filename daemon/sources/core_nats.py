@@ -17,7 +17,7 @@ from .nats_problems import NatsProblem
 from .subjects import matches, overlap
 
 _TICK_S = 0.1
-_DRAIN_S = 2.0
+_DRAIN_S = 5.0
 _FEW_SIGNS = 4096
 """Signs of life that may wait: older ones say nothing that the next ones do not."""
 

@@ -307,7 +307,9 @@ class JetStreamBus(NatsBus):
         while True:
             await asyncio.sleep(self.config.poll_ms / 1000)
             position = self._position
-            if not self._looks_odd(await stream_info(connection, self.config.stream), position):
+            info = await stream_info(connection, self.config.stream)
+            self.bus.pending = max(0, info.state.last_seq - self._position)
+            if not self._looks_odd(info, position):
                 continue
             await asyncio.sleep(_LOOK_AGAIN_S)
             if self._position == position and not pull.arrived and not self.outlet:

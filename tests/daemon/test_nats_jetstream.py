@@ -1,0 +1,448 @@
+"""A bus over JetStream, with real servers: nothing is lost that the stream still has, and what it lost is told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copytree as copy_tree
+from shutil import rmtree as remove_tree
+from typing import Any
+
+import pytest
+
+from kvcensus.daemon.config import SourceType
+from kvcensus.daemon.sources.jetstream_api import Place, place_of
+from kvcensus.daemon.status import StreamState, Trust
+from kvcensus.daemon.streams.delivery import Control
+
+from ..nats_servers import NatsServer, Talk, each_server, nats_cluster, nats_server, secret_file, talking
+from .nats_following import STREAM, Following, Relay, following, payload, wait_until
+
+
+@pytest.fixture(params=each_server())
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NatsServer]:
+    with nats_server(tmp_path / "nats", program=request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def current(tmp_path: Path) -> Iterator[NatsServer]:
+    with nats_server(tmp_path / "nats") as running:
+        yield running
+
+
+def stream(talk: Talk, **config: Any) -> None:
+    talk.add_stream(STREAM, ["kvevents.>"], **config)
+
+
+def keeps_up(one: Following, position: int) -> None:
+    wait_until(lambda: one.bus.position == position, f"the stream is read up to {position}: {one.bus}")
+
+
+# Where it begins and goes on
+
+
+def test_what_was_sent_before_the_first_start_and_what_comes_later(server: NatsServer, tmp_path: Path) -> None:
+    with talking(server.url) as talk:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        relay.send(*range(50))
+        with following(tmp_path, server.url, stream=STREAM) as one:
+            one.holds(range(50))
+            one.lives()
+            relay.send(*range(50, 100))
+            one.holds(range(100))
+            keeps_up(one, 100)
+            wait_until(lambda: one.bus.pending == 0, "nothing is left to read")
+            assert one.trust() is Trust.FRESH
+
+
+def test_a_restart_goes_on_from_the_position_in_the_index(server: NatsServer, tmp_path: Path) -> None:
+    with talking(server.url) as talk:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        relay.send(*range(20))
+        with following(tmp_path, server.url, stream=STREAM) as one:
+            one.holds(range(20))
+        relay.send(*range(20, 30))
+        with following(tmp_path, server.url, stream=STREAM) as again:
+            again.holds(range(30))
+            (worker,) = again.service.stream_counters()
+            assert worker.intake.messages == 10
+            assert worker.intake.duplicates == 0
+            assert again.trust() is Trust.FRESH
+            assert again.stream().epoch == 1
+
+
+def test_messages_without_any_numbering_survive_a_restart(current: NatsServer, tmp_path: Path) -> None:
+    """Only the position, committed with what it brought, tells a repeated message from a new life."""
+    subjects = ("kvevents._.w.-",)
+    with talking(current.url) as talk:
+        stream(talk)
+        for seq in range(10):
+            talk.store(subjects[0], payload(seq), {"Kv-Engine": "vllm"})
+        for _ in range(3):
+            with following(tmp_path, current.url, stream=STREAM) as one:
+                one.lives()
+                one.holds(range(10))
+                keeps_up(one, 10)
+                assert one.stream().epoch == 1
+                assert one.stream().last_seq == 9
+
+
+def test_other_subjects_of_the_stream_are_passed_over(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk:
+        talk.add_stream(STREAM, ["kvevents.>", "other.>"])
+        relay = Relay(talk, durable=True)
+        options = {"stream": STREAM, "subjects": ("kvevents.*.*.*", "more")}
+        with following(tmp_path, current.url, **options) as one:
+            for seq in range(5):
+                talk.store("other.thing", b"rubbish")
+                relay.send(seq)
+            one.holds(range(5))
+            keeps_up(one, 10)
+            talk.store("other.thing", b"rubbish")
+            keeps_up(one, 11)
+            assert one.trust() is Trust.FRESH
+
+
+def test_signs_of_life_come_over_core_nats(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        relay.send(0)
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.holds(range(1))
+            one.lives()
+            relay.beat(0, Control.GONE)
+            wait_until(lambda: one.trust() is Trust.STALE, "the engine is gone")
+
+
+def test_a_full_queue_asks_for_nothing_and_loses_nothing(
+    current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write = threading.Event()
+    options = {"stream": STREAM, "queue_max_messages": 100, "pending_max_messages": 200}
+    with talking(current.url) as talk:
+        stream(talk)
+        with following(tmp_path, current.url, **options) as one:
+            one.lives()
+            apply = one.service.backend.apply
+
+            def wait_and_apply(*arguments: object) -> object:
+                may_write.wait(30)
+                return apply(*arguments)  # type: ignore[arg-type]
+
+            monkeypatch.setattr(one.service.backend, "apply", wait_and_apply)
+            Relay(talk, durable=True).send(*range(800))
+            wait_until(lambda: one.service.queue_depth()[0] >= 100, "the queue is full")
+            wait_until(lambda: one.bus.pending > 300, "what is left to read is known")
+            may_write.set()
+            one.holds(range(800))
+            assert one.trust() is Trust.FRESH
+
+
+# What goes wrong while it is followed
+
+
+def test_a_killed_server_loses_nothing(server: NatsServer, tmp_path: Path) -> None:
+    with talking(server.url) as talk, following(tmp_path, server.url, stream=STREAM) as one:
+        one.says(f"{server.url} has no stream KV")
+        stream(talk)
+        one.lives()
+        relay = Relay(talk, durable=True)
+        relay.send(*range(10))
+        one.holds(range(10))
+        server.kill()
+        wait_until(lambda: one.bus.state is StreamState.DISCONNECTED, "the loss is noticed")
+        assert one.trust() is Trust.STALE
+        server.start()
+        relay.send(*range(10, 20))
+        one.holds(range(20))
+        one.lives()
+        assert one.trust() is Trust.FRESH
+        assert one.stream().epoch == 1
+
+
+def test_a_consumer_that_is_gone_is_made_again(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.lives()
+            relay.send(*range(10))
+            one.holds(range(10))
+            for number in range(1, 4):
+                wait_until(lambda: bool(talk.do(talk.jetstream.consumers_info(STREAM))), "there is a consumer")
+                for consumer in talk.do(talk.jetstream.consumers_info(STREAM)):
+                    talk.do(talk.jetstream.delete_consumer(STREAM, consumer.name))
+                relay.send(*range(10 * number, 10 * number + 10))
+                one.holds(range(10 * number + 10))
+            assert one.trust() is Trust.FRESH
+        assert talk.do(talk.jetstream.consumers_info(STREAM)) == []
+
+
+def test_a_stream_that_is_deleted_and_made_anew_fences_all(server: NatsServer, tmp_path: Path) -> None:
+    with talking(server.url) as talk:
+        stream(talk)
+        a, b = Relay(talk, "a", durable=True), Relay(talk, "b", durable=True)
+        with following(tmp_path, server.url, stream=STREAM) as one:
+            a.send(*range(5))
+            b.send(*range(5))
+            one.holds(range(5), "b")
+            talk.delete_stream(STREAM)
+            stream(talk)
+            a.send(5)
+            one.holds({5}, "a")
+            one.holds(set(), "b")
+            assert one.trust("a") is one.trust("b") is Trust.UNTRUSTED
+            assert one.stream("b").reason == "stream KV was deleted and made anew"
+            keeps_up(one, 1)
+
+
+def test_a_stream_made_anew_while_we_were_away(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        relay.send(*range(5))
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.holds(range(5))
+        talk.delete_stream(STREAM)
+        stream(talk)
+        relay.send(*range(5, 15))
+        with following(tmp_path, current.url, stream=STREAM) as again:
+            again.holds(range(5, 15))
+            assert again.trust() is Trust.UNTRUSTED
+
+
+def test_a_missing_stream_is_said_and_awaited(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            relay.send(0)
+            one.holds(range(1))
+            talk.delete_stream(STREAM)
+            one.says(f"{current.url} has no stream KV")
+            stream(talk)
+            one.lives()
+            assert one.bus.problem == ""
+
+
+# What the stream no longer has
+
+
+def test_messages_that_expired_before_they_were_read(server: NatsServer, tmp_path: Path) -> None:
+    with talking(server.url) as talk:
+        stream(talk, max_msgs=10)
+        relay = Relay(talk, durable=True)
+        relay.send(*range(5))
+        with following(tmp_path, server.url, stream=STREAM) as one:
+            one.holds(range(5))
+        relay.send(*range(5, 30))
+        with following(tmp_path, server.url, stream=STREAM) as again:
+            again.holds(range(20, 30))
+            assert again.trust() is Trust.UNTRUSTED
+            assert "were lost before number 20" in again.stream().reason
+
+
+def test_a_purge_before_the_messages_were_read(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk:
+        stream(talk)
+        a, b = Relay(talk, "a", durable=True), Relay(talk, "b", durable=True)
+        a.send(*range(5))
+        b.send(*range(5))
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.holds(range(5), "b")
+        a.send(5)
+        talk.purge_stream(STREAM)
+        with following(tmp_path, current.url, stream=STREAM) as again:
+            wait_until(lambda: again.trust("a") is Trust.UNTRUSTED, "the loss is told although nothing follows it")
+            assert again.trust("b") is Trust.UNTRUSTED, "nobody knows whose it was"
+            assert again.stream("b").reason == "messages 11 to 11 of stream KV were gone before they were read"
+
+
+def test_what_was_read_may_go(current: NatsServer, tmp_path: Path) -> None:
+    """A stream that expires what we have is no loss, whether we are there or not."""
+    with talking(current.url) as talk:
+        stream(talk, max_msgs=3)
+        relay = Relay(talk, durable=True)
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.lives()
+            for seq in range(10):
+                relay.send(seq)
+                one.holds(range(seq + 1))
+            talk.purge_stream(STREAM)
+            relay.send(10)
+            one.holds(range(11))
+            assert one.trust() is Trust.FRESH
+        talk.purge_stream(STREAM)
+        with following(tmp_path, current.url, stream=STREAM) as again:
+            again.lives()
+            again.holds(range(11))
+            assert again.trust() is Trust.FRESH
+
+
+def test_a_message_deleted_from_the_middle(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk:
+        stream(talk)
+        a, b = Relay(talk, "a", durable=True), Relay(talk, "b", durable=True)
+        a.send(0, 1)
+        b.send(0)
+        talk.do(talk.jetstream.delete_msg(STREAM, 2))
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.holds({0}, "b")
+            wait_until(lambda: one.trust("a") is Trust.UNTRUSTED, "the loss is told")
+
+
+def test_a_purge_while_the_writer_waits_is_noticed_without_a_message_after_it(
+    current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write = threading.Event()
+    options = {"stream": STREAM, "queue_max_messages": 10, "pending_max_messages": 20}
+    with talking(current.url) as talk:
+        stream(talk)
+        with following(tmp_path, current.url, **options) as one:
+            one.lives()
+            apply = one.service.backend.apply
+
+            def wait_and_apply(*arguments: object) -> object:
+                may_write.wait(30)
+                return apply(*arguments)  # type: ignore[arg-type]
+
+            monkeypatch.setattr(one.service.backend, "apply", wait_and_apply)
+            Relay(talk, durable=True).send(*range(1000))
+            wait_until(lambda: one.service.queue_depth()[0] >= 10, "the queue is full")
+            talk.purge_stream(STREAM)
+            may_write.set()
+            keeps_up(one, 1000)
+            assert one.trust() is Trust.UNTRUSTED
+            assert "of stream KV were gone before they were read" in one.stream().reason
+
+
+def test_a_stream_that_went_back(current: NatsServer, tmp_path: Path) -> None:
+    """A server restored from a copy of its store: numbers that were read are given to other messages."""
+    store = tmp_path / "nats" / "n1" / "store"
+    with talking(current.url) as talk:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        relay.send(*range(5))
+        current.stop()
+        copy_tree(store, tmp_path / "copy")
+        current.start()
+        relay.send(*range(5, 10))
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.holds(range(10))
+        current.stop()
+        remove_tree(store)
+        copy_tree(tmp_path / "copy", store)
+        current.start()
+        with following(tmp_path, current.url, stream=STREAM) as again:
+            wait_until(lambda: again.trust() is Trust.UNTRUSTED, "the loss is told")
+            assert again.stream().reason.startswith("stream KV ends at 5, before 10, which was read already")
+            relay.send(*range(10, 15))
+            keeps_up(again, 10)
+
+
+# What is refused
+
+
+def test_jetstream_that_is_not_enabled(tmp_path: Path) -> None:
+    with (
+        nats_server(tmp_path / "nats", jetstream=False) as server,
+        following(tmp_path, server.url, stream=STREAM) as one,
+    ):
+        one.says(f"JetStream is not enabled at {server.url}, or its cluster has no leader")
+        assert not one.service.readiness().ready
+
+
+def test_a_stream_that_drops_what_somebody_has_read(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk, following(tmp_path, current.url, stream=STREAM) as one:
+        stream(talk, retention="workqueue")
+        one.says("stream KV has retention workqueue: it drops messages once somebody has read them")
+
+
+@pytest.mark.parametrize(
+    ("denied", "said"),
+    [
+        ("$JS.API.STREAM.INFO.KV", "has no permission to publish to $JS.API.STREAM.INFO.KV"),
+        ("$JS.API.CONSUMER.CREATE.>", "has no permission to publish to $JS.API.CONSUMER.CREATE.KV.kvcensus-"),
+        ("$JS.API.CONSUMER.MSG.NEXT.>", "has no permission to publish to $JS.API.CONSUMER.MSG.NEXT.KV.kvcensus-"),
+    ],
+)
+def test_a_subject_without_permission(server: NatsServer, tmp_path: Path, denied: str, said: str) -> None:
+    def users(deny: list[str]) -> dict[str, object]:
+        us = {"user": "kv", "password": "x", "permissions": {"publish": {"deny": deny}, "subscribe": [">"]}}
+        return {"authorization": {"users": [us, {"user": "relay", "password": "y"}]}}
+
+    server.reload(**users([denied]))
+    reach = {"user": "kv", "password_file": str(secret_file(tmp_path / "password", "x"))}
+    with talking(server.url, user="relay", password="y") as talk:
+        stream(talk)
+        Relay(talk, durable=True).send(0)
+        with following(tmp_path, server.url, connection=reach, stream=STREAM) as one:
+            one.says(said)
+            server.reload(**users([]))
+            one.holds(range(1))
+            wait_until(lambda: not one.bus.problem, "nothing is wrong any more")
+
+
+# A cluster
+
+
+def test_a_cluster_survives_its_leaders(tmp_path: Path) -> None:
+    with nats_cluster(tmp_path / "nats") as cluster, talking(*cluster.urls) as talk:
+        stream(talk, num_replicas=3)
+        relay = Relay(talk, durable=True)
+        with following(tmp_path, *cluster.urls, stream=STREAM) as one:
+            relay.send(*range(10))
+            one.holds(range(10))
+            killed = cluster.leader_of(STREAM)
+            killed.kill()
+            wait_until(lambda: stored(relay, 10), "another leader takes messages", 60)
+            relay.send(*range(11, 20))
+            one.holds(range(20))
+            killed.start()
+            talk.do(talk.client.request(f"$JS.API.STREAM.LEADER.STEPDOWN.{STREAM}", b"", timeout=10))
+            wait_until(lambda: stored(relay, 20), "another leader takes messages", 60)
+            one.holds(range(21))
+            one.lives()
+            assert one.trust() is Trust.FRESH
+            assert one.stream().epoch == 1
+
+
+def stored(relay: Relay, seq: int) -> bool:
+    try:
+        relay.send(seq)
+    except Exception:  # noqa: BLE001 - no leader yet
+        return False
+    return True
+
+
+# The protocol
+
+
+@pytest.mark.parametrize(
+    ("reply", "place"),
+    [
+        ("$JS.ACK.KV.c.1.7.5.1700000000000000000.3", Place(7, 5, 3)),
+        ("$JS.ACK.hub.ACCHASH.KV.c.1.7.5.1700000000000000000.3", Place(7, 5, 3)),
+        ("$JS.ACK._.ACCHASH.KV.c.1.7.5.1700000000000000000.3.token", Place(7, 5, 3)),
+        ("", None),
+        ("_INBOX.a.b", None),
+        ("$JS.ACK.KV.c.1.x.5.1700000000000000000.3", None),
+    ],
+)
+def test_the_place_of_a_message(reply: str, place: Place | None) -> None:
+    assert place_of(reply) == place
+
+
+def test_dynamo_in_jetstream_takes_every_subject_of_the_stream(current: NatsServer, tmp_path: Path) -> None:
+    event = b'{"worker_id":7,"event":{"event_id":0,"data":{"stored":{"parent_hash":null,"blocks":[%s]}},"dp_rank":0}}'
+    body = event % b'{"block_hash":1,"tokens_hash":2}'
+    with talking(current.url) as talk:
+        talk.add_stream(STREAM, ["any.*"])
+        talk.store("any.queue", body)
+        with following(tmp_path, current.url, type=SourceType.DYNAMO, stream=STREAM) as one:
+            one.holds({1}, "7/0")
