@@ -6,7 +6,9 @@ Each (worker, tier, group) is a `Place` with a dictionary from block hash to wha
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from .interface import IndexBackend
 from .matching import Held, patience, worker_matches
@@ -396,3 +398,8 @@ def _residency(place: Place, block_hash: bytes, record: Record) -> CacheResidenc
     return CacheResidency(
         key, place.worker_id, place.tier, record.size, record.at_ms, record.ref_count, record.pinned, place.rank
     )
+
+
+def open_memory(directory: Path, options: Mapping[str, Any]) -> MemoryBackend:
+    """For the registry. There is nothing to choose, and no file."""
+    return MemoryBackend()

@@ -13,11 +13,11 @@ from prometheus_client import CollectorRegistry
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.lmdb.files import suspect
-from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ClearBlocks, Cursor
+from kvcensus.backends.registry import open_backend
 
 from .claims import Claims
-from .config import BackendKind, Config, NatsConfig, OnCorrupt, OnFence, OnHole, SourceConfig, StreamConfig
+from .config import Config, NatsConfig, OnCorrupt, OnFence, OnHole, SourceConfig, StreamConfig
 from .config.endpoints import Endpoint
 from .counters import HttpCounters, QuarantineCounters, WriterCounters
 from .engines import ENGINE_TRANSLATORS
@@ -288,8 +288,8 @@ def _unwritten(status: StreamStatus, full: str, since_ms: int) -> StreamStatus:
 
 
 def _open_backend(config: Config) -> IndexBackend:
-    if config.backend is BackendKind.MEMORY:
-        return MemoryBackend()
+    if config.backend != "lmdb":
+        return open_backend(config.backend, Path(config.data_dir), config.backend_options())
     directory = Path(config.data_dir)
     if reason := suspect(directory):
         log.warning("index_suspected", reason=reason, detail="the whole of it is looked at before it is used")

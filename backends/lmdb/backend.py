@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -241,3 +241,11 @@ class LmdbBackend(IndexBackend):
                 note_writer(self._directory, self._durability, clean=True)
         finally:
             self._owner.release()
+
+
+def open_lmdb(directory: Path, options: Mapping[str, Any]) -> LmdbBackend:
+    """For the registry. `options` are the keyword arguments of LmdbBackend. Raises BackendError."""
+    chosen = dict(options)
+    if "durability" in chosen:
+        chosen["durability"] = Durability(chosen["durability"])
+    return LmdbBackend(directory, **chosen)

@@ -8,7 +8,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from ..config import EXIT_CONFIG, BackendKind, Config, ConfigError, load_config
+from kvcensus.backends.registry import usable_backends
+
+from ..config import EXIT_CONFIG, Config, ConfigError, load_config
 from ..drill.drilling import Order, Summary, drill_seeds, impossible, summed
 from ..drill.faults import ABOUT, Fault, UnknownFault, parse_faults
 from ..drill.oracle import Outcome
@@ -34,7 +36,7 @@ def _faults(ctx: click.Context, option: click.Parameter, text: str) -> tuple[Fau
 @click.option("--seed", type=int, help="This one alone; with --seeds, the first of them.")
 @click.option("--faults", callback=_faults, default="all", show_default=True, metavar="NAME,…|all", help="Which ones.")
 @click.option("--messages", type=click.IntRange(min=1), default=300, show_default=True, help="Of each stream.")
-@click.option("--backend", type=click.Choice([str(one) for one in BackendKind]), help="Default: that of --against.")
+@click.option("--backend", type=click.Choice(usable_backends()), help="Default: that of --against.")
 @click.option("--against", type=click.Path(path_type=Path, dir_okay=False), help="Drill this configuration.")
 @click.option("--deadline-seconds", "deadline_s", type=click.FloatRange(min=1), default=30.0, show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1, max=64), default=1, show_default=True, help="Drills at a time.")
@@ -63,11 +65,10 @@ def drill(
         base = Config() if against is None else load_config(against, os.environ)
     except ConfigError as error:
         raise Failure(str(error), EXIT_CONFIG) from error
-    kind = None if backend is None else BackendKind(backend)
-    skipped = impossible(base, faults, kind)
+    skipped = impossible(base, faults, backend)
     for fault, reason in skipped.items():
         click.echo(f"{fault} is left out: {reason}", err=True)
-    order = Order(base, tuple(one for one in faults if one not in skipped), messages, keep, kind, deadline_s)
+    order = Order(base, tuple(one for one in faults if one not in skipped), messages, keep, backend, deadline_s)
     results: list[Result] = []
     code = 0
     try:

@@ -13,6 +13,7 @@ import click
 
 from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
 from kvcensus.backends.lmdb.files import SUSPECT_FILE
+from kvcensus.backends.registry import usable_backends
 
 from ..collector import settle_collector
 from ..config import EXIT_CONFIG, Config, ConfigError, config_from_flags, load_config
@@ -44,7 +45,7 @@ log = get_logger("run")
 @click.option("--bind", is_flag=True, help="Bind the endpoint, for an engine that connects.")
 @click.option("--data-dir", help="Directory of the index.")
 @click.option("--http", "listen", help="HOST:PORT of the HTTP side; port 0 for any.")
-@click.option("--backend", type=click.Choice(["lmdb", "memory"]))
+@click.option("--backend", type=click.Choice(usable_backends()), help="Where the index lives.")
 def run(
     path: Path | None,
     engines: tuple[str, ...],

@@ -3,7 +3,6 @@
 from .errors import EXIT_CONFIG, ConfigError, InvalidValue
 from .load import config_from_flags, load_config
 from .model import (
-    BackendKind,
     Config,
     HttpConfig,
     IndexConfig,
@@ -22,7 +21,6 @@ from .translated import OnFence
 
 __all__ = [
     "EXIT_CONFIG",
-    "BackendKind",
     "Config",
     "ConfigError",
     "HttpConfig",

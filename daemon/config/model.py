@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from kvcensus.backends.lmdb import Durability
 from kvcensus.backends.lmdb.files import MAP_SIZE
+from kvcensus.backends.registry import why_unusable
 
 from ..credentials import CredentialError, open_to_others, read_tokens, server_tls
 from .endpoints import ANY_IPV4, Endpoint, is_loopback, listen_address
@@ -24,13 +25,6 @@ from .source import SourceConfig, StreamConfig
 
 _MAX_SOURCES = 1024
 _MAX_BUSES = 64
-
-
-class BackendKind(StrEnum):
-    """Where the index lives."""
-
-    LMDB = "lmdb"
-    MEMORY = "memory"
 
 
 class LogLevel(StrEnum):
@@ -203,14 +197,16 @@ class Config(Section, frozen=True):
 
     data_dir: str = "kvcensus-data"
     """Directory of the index and the quarantine, relative to the working directory."""
-    backend: BackendKind = BackendKind.LMDB
-    """`lmdb` survives the process; `memory` is rebuilt from the engines at each start."""
+    backend: str = "lmdb"
+    """`lmdb` survives the process; `memory` is rebuilt from the engines at each start. Others: docs/reference."""
     http: HttpConfig = HttpConfig()
     index: IndexConfig = IndexConfig()
     writer: WriterConfig = WriterConfig()
     quarantine: QuarantineConfig = QuarantineConfig()
     log: LogConfig = LogConfig()
     relay: RelayConfig = RelayConfig()
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+    """For a backend from another package: whatever it says that it takes."""
     sources: Annotated[tuple[SourceConfig, ...], msgspec.Meta(max_length=_MAX_SOURCES)] = ()
     """One table per engine."""
     nats: Annotated[tuple[NatsConfig, ...], msgspec.Meta(max_length=_MAX_BUSES)] = ()
@@ -219,6 +215,8 @@ class Config(Section, frozen=True):
     def __post_init__(self) -> None:
         if not self.data_dir:
             raise InvalidValue("data_dir", "is empty")
+        if problem := why_unusable(self.backend):
+            raise InvalidValue("backend", problem)
         names: dict[str, int] = {}
         followed: dict[tuple[str, str], int] = {}
         for number, source in enumerate(self.sources):
@@ -252,6 +250,11 @@ class Config(Section, frozen=True):
         for source in self.sources:
             for stream in source.streams():
                 yield source, stream
+
+    def backend_options(self) -> dict[str, Any]:
+        """What the backend is opened with: its own table, or `[options]` for one that has none here."""
+        table = getattr(self, self.backend, None)
+        return msgspec.to_builtins(table) if isinstance(table, Section) else dict(self.options)
 
     def buses(self) -> list[SourceConfig | NatsConfig]:
         """Everything to follow whose messages say of which worker they are."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..config import BackendKind, Config, OnHole
+from ..config import Config, OnHole
 from .evidence import keep_evidence
 from .faults import Fault
 from .machine import Link, Unavailable, separate_network, small_disk
@@ -29,7 +29,7 @@ class Order(msgspec.Struct, frozen=True):
     faults: tuple[Fault, ...]
     messages: int
     keep: Path
-    backend: BackendKind | None = None
+    backend: str | None = None
     deadline_s: float = 30.0
 
 
@@ -46,10 +46,10 @@ class Summary(msgspec.Struct, frozen=True):
     recovery_ms_max: int
 
 
-def impossible(base: Config, faults: Sequence[Fault], backend: BackendKind | None) -> dict[Fault, str]:
+def impossible(base: Config, faults: Sequence[Fault], backend: str | None) -> dict[Fault, str]:
     """Which of the faults cannot be injected here, or would prove nothing, and why."""
     reasons: dict[Fault, str] = {}
-    if (base.backend if backend is None else backend) is BackendKind.MEMORY:
+    if (base.backend if backend is None else backend) == "memory":
         reasons |= dict.fromkeys((Fault.FULL_MAP, Fault.FULL_DISK), "the memory backend has no file")
     if any(source.on_hole is OnHole.TOLERATE for source in base.sources):
         reasons[Fault.UNPUBLISHED] = "a source tolerates holes, so it believes what cannot be known"

@@ -14,7 +14,6 @@ from kvcensus.translators.translation import ClearScope, HashJoin
 
 from ..bench.processes import free_port
 from ..config import (
-    BackendKind,
     Config,
     HttpConfig,
     LogConfig,
@@ -75,7 +74,7 @@ def own_sources(seed: int) -> tuple[SourceConfig, ...]:
     )
 
 
-def make_target(base: Config, seed: int, directory: Path, backend: BackendKind | None, link: Link) -> Target:
+def make_target(base: Config, seed: int, directory: Path, backend: str | None, link: Link) -> Target:
     """Start an engine for each source of `base`, or for those of our own if it has none, and point them at each other.
 
     HTTP and its credentials, CURVE, the data directory, the log and further media are replaced; all else is drilled.

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from kvcensus.daemon.config import BackendKind, Config, NatsConfig, NatsServers, SourceType, WriterConfig
+from kvcensus.daemon.config import Config, NatsConfig, NatsServers, SourceType, WriterConfig
 from kvcensus.daemon.relay.convention import (
     ALIVE_PREFIX,
     EVENTS_PREFIX,
@@ -131,9 +131,7 @@ def following(
     )
     writer = WriterConfig(queue_max_messages=options.pop("queue_max_messages", 10_000))
     options = {"name": "bus", "type": SourceType.VLLM, "connection": reach, "poll_ms": 100} | options
-    config = Config(
-        data_dir=str(directory / "index"), backend=BackendKind.LMDB, nats=(NatsConfig(**options),), writer=writer
-    )
+    config = Config(data_dir=str(directory / "index"), backend="lmdb", nats=(NatsConfig(**options),), writer=writer)
     service = Service(config)
     service.start()
     try:

@@ -10,7 +10,6 @@ import pytest
 from kvcensus.backends.lmdb import Durability
 from kvcensus.backends.model import CacheTier
 from kvcensus.daemon.config import (
-    BackendKind,
     Config,
     HttpConfig,
     InvalidValue,
@@ -36,7 +35,7 @@ def refused(key: str, reason: str, **settings: Any) -> None:
 
 def test_nothing_configured_is_a_valid_configuration() -> None:
     config = Config()
-    assert config.backend is BackendKind.LMDB
+    assert config.backend == "lmdb"
     assert config.index.durability is Durability.PROCESS
     assert config.http.address() == ("127.0.0.1", 9480)
     assert config.sources == ()

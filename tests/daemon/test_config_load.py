@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcensus.daemon.config import BackendKind, Config, ConfigError, LogLevel, config_from_flags, load_config
+from kvcensus.daemon.config import Config, ConfigError, LogLevel, config_from_flags, load_config
 from kvcensus.daemon.config.toml_lines import line_of
 
 GOOD = """\
@@ -126,7 +126,7 @@ def test_the_environment_overrides_the_file(file: Path) -> None:
     }
     config = load_config(file, environ)
     assert (config.http.listen, config.data_dir, config.writer.commit_max_ms) == ("", "elsewhere", 7)
-    assert config.backend is BackendKind.MEMORY
+    assert config.backend == "memory"
     assert len(config.sources) == 2
 
 
@@ -149,7 +149,7 @@ def test_the_variables_of_a_kubernetes_service_mean_nothing() -> None:
         ("KVCENSUS__HTTP__LISTEN", "x", "'x' is not HOST:PORT"),
         ("KVCENSUS__WRITER__COMMIT_MAX_MS", "soon", "Expected `int`, got `str`"),
         ("KVCENSUS__WRITER__QUEUE_MAX_BYTES", "0", "Expected `int` >= 1"),
-        ("KVCENSUS__BACKEND", "disk", "expected one of lmdb, memory"),
+        ("KVCENSUS__BACKEND", "disk", "there is no backend disk; there are "),
         ("KVCENSUS__HTTP__LISTNE", "", "unknown key; did you mean listen?"),
         ("KVCENSUS__COLOUR", "red", "unknown key"),
         ("KVCENSUS__HTTP", "x", "not KVCENSUS__KEY or KVCENSUS__SECTION__KEY"),
@@ -181,7 +181,7 @@ def test_flags_make_one_source_an_engine() -> None:
         ("b:5557", "tcp://b:5557", ""),
     ]
     assert {(one.topic, one.model) for one in config.sources} == {("kv", "m")}
-    assert (config.data_dir, config.http.listen, config.backend) == ("here", "localhost:0", BackendKind.MEMORY)
+    assert (config.data_dir, config.http.listen, config.backend) == ("here", "localhost:0", "memory")
     assert config.writer.commit_max_ms == 7
 
 
@@ -203,7 +203,7 @@ def test_a_bad_flag_is_named() -> None:
         config_from_flags(["tcp://a:5557", "b"])
     with pytest.raises(ConfigError, match=r"^command line: http\.listen: 'x' is not HOST:PORT"):
         config_from_flags(["tcp://a:5557"], http="x")
-    with pytest.raises(ConfigError, match=r"^command line: backend: Invalid enum value"):
+    with pytest.raises(ConfigError, match=r"^command line: backend: there is no backend x; there are "):
         config_from_flags(["tcp://a:5557"], backend="x")
 
 
