@@ -20,7 +20,7 @@ from ..logs import get_logger
 from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, Retire, StopReplay, Verdict
 from .bus_source import BusSource
 from .zmq_bus import BusLink
-from .zmq_sockets import BURST_MESSAGES, Change, LiveSocket, ZmqOptions
+from .zmq_sockets import BURST_MESSAGES, Change, LiveSocket, ZmqOptions, receive
 
 _END_OF_REPLAY = b"\xff" * 8
 _POLL_MS = 50
@@ -212,12 +212,11 @@ class ZmqIntake(threading.Thread):
         )
 
     def _read_live(self, link: _Link, now: int, most: int = BURST_MESSAGES) -> None:
-        receive = link.live.recv_multipart
         stream = link.stream
         intake = stream.intake
         for _ in range(most):
             try:
-                frames = receive(zmq.NOBLOCK)
+                frames = receive(link.live)
             except zmq.Again:
                 break
             intake.messages += 1
@@ -239,7 +238,7 @@ class ZmqIntake(threading.Thread):
             if socket is None or link.replay is not socket:
                 return
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames = receive(socket)
             except zmq.Again:
                 break
             if len(frames) < 2 or len(frames[-2]) != 8:

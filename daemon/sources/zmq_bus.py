@@ -15,7 +15,7 @@ from kvcensus.translators.translation import Rejection
 from ..frame_queue import Item
 from .bus_source import BusSource
 from .opening import Opening, open_deliveries
-from .zmq_sockets import BURST_MESSAGES, Change, LiveSocket, ZmqOptions
+from .zmq_sockets import BURST_MESSAGES, Change, LiveSocket, ZmqOptions, receive
 
 
 class BusLink(LiveSocket):
@@ -43,7 +43,7 @@ class BusLink(LiveSocket):
         if ready:
             with suppress(zmq.Again):
                 for _ in range(BURST_MESSAGES):
-                    items += self._received(self.live.recv_multipart(zmq.NOBLOCK))
+                    items += self._received(receive(self.live))
         return items + self.bus.tick()
 
     def _received(self, frames: list[bytes]) -> list[Item]:

@@ -129,11 +129,15 @@ class _Frames:
 
     def __init__(self) -> None:
         self.waiting: list[list[bytes]] = []
+        self._begun: list[bytes] = []
 
-    def recv_multipart(self, flags: int = 0) -> list[bytes]:
-        if not self.waiting:
-            raise zmq.Again
-        return self.waiting.pop(0)
+    def recv(self, flags: int, copy: bool) -> SimpleNamespace:
+        if not self._begun:
+            if not self.waiting:
+                raise zmq.Again
+            self._begun = self.waiting.pop(0) or [b""]
+        frame = self._begun.pop(0)
+        return SimpleNamespace(bytes=frame, more=bool(self._begun))
 
     def close(self) -> None:
         self.waiting.clear()
