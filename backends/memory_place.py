@@ -1,7 +1,7 @@
 """What the memory backend keeps of one worker at one tier in one group.
 
 A block seen once shares the object of the run that stored it with the other blocks of that run, so a run of 64 new
-blocks costs two dictionary updates and no object per block. A block touched again gets records of its own.
+blocks costs 64 dictionary entries and no object per block. A block touched again gets records of its own.
 """
 
 from __future__ import annotations

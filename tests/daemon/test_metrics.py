@@ -16,7 +16,7 @@ from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import TIERS, CacheTier, Holding
 from kvcensus.daemon import metrics
-from kvcensus.daemon.counters import DropCause
+from kvcensus.daemon.counters import LAG_BOUNDS_S, DropCause, Histogram
 from kvcensus.daemon.status import Readiness, StreamState, Trust
 from kvcensus.translators.translation import RejectReason
 
@@ -210,3 +210,12 @@ def test_promtool_finds_nothing_to_say(view: View) -> None:
         [promtool, "check", "metrics"], input=generate_latest(view.registry), capture_output=True, timeout=30
     )
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+def test_observing_many_values_is_observing_each() -> None:
+    values = [0.0, 0.001, 0.0011, 3.0, 3.0, 1e6]
+    one_by_one, together = Histogram(LAG_BOUNDS_S), Histogram(LAG_BOUNDS_S)
+    for value in values:
+        one_by_one.observe(value)
+    together.observe_all(values)
+    assert (together.counts, together.total) == (one_by_one.counts, one_by_one.total)
