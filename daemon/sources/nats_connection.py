@@ -34,7 +34,7 @@ Callback = Callable[[Msg], Awaitable[None]]
 
 
 class _Client(Client):
-    """nats-py's client, except that it does not go on in the clear when the server offers no TLS."""
+    """nats-py's client, which does not go on in the clear when the server offers no TLS, and reads headers faster."""
 
     def __init__(self, servers: NatsServers, url: str) -> None:
         super().__init__()
@@ -52,6 +52,12 @@ class _Client(Client):
                 if not info["tls_required"]:
                     raise NatsProblem(f"{self._url} offers no TLS, which was asked for: nothing was sent to it")
         await super()._process_info(info, initial_connection)
+
+    @staticmethod
+    def _parse_header_lines(raw: bytes) -> dict[str, str]:
+        """As nats-py's, which looks at each character of a name and takes a third of the time of a message."""
+        lines = raw.decode("utf-8", "replace").split("\r\n")
+        return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
 
 
 class NatsConnection:
@@ -277,7 +283,8 @@ class NatsConnector:
             options |= {"user": servers.user, "password": read_secret_line(servers.password_file)}
         elif servers.token_file:
             options["token"] = read_secret_line(servers.token_file)
-        options["tls"] = client_tls(servers.tls_ca_file, servers.tls_certificate_file, servers.tls_key_file)
+        if servers.needs_tls:
+            options["tls"] = client_tls(servers.tls_ca_file, servers.tls_certificate_file, servers.tls_key_file)
         return options
 
     def _discover(self, client: Client, url: str) -> None:
