@@ -92,6 +92,18 @@ def test_one_by_one_is_one_of_each_stream_and_nobody_waits_for_another() -> None
     assert (ready(flight), flight.after) == ([], 2)
 
 
+def test_a_late_answer_to_what_was_given_up_lets_nothing_go() -> None:
+    flight = window()
+    flight.one_by_one = True
+    late = send(flight, 2)
+    flight.retreat()
+    send(flight, 2)
+    flight.hold(4, record(4))
+    assert flight.answered(late) is None
+    assert flight.acknowledge(late) == []
+    assert ready(flight) == []
+
+
 def test_otherwise_what_is_held_is_published_at_once() -> None:
     flight = window()
     for key in (2, 3, 4):

@@ -32,6 +32,10 @@ STATE = "daemon/streams/state.py"
 MACHINE = "tests/daemon/test_stream_machine.py"
 STREAM = "tests/daemon/test_stream_state.py"
 WRITER = "tests/daemon/test_writer.py"
+SPOOL = "daemon/relay/spool.py"
+SPOOLING = "tests/daemon/test_relay_spool.py"
+WINDOW = "daemon/relay/window.py"
+AWAITING = "tests/daemon/test_relay_window.py"
 
 MUTANTS = (
     Mutant(
@@ -98,6 +102,27 @@ MUTANTS = (
         "r.ref_count > 1",
         "False",
         "tests/backends/test_conformance.py",
+    ),
+    Mutant(
+        "what the spool drops leaves no fence",
+        SPOOL,
+        "        for key, head in lost.values():\n            size = self._put_trace(txn, size, key, head)\n",
+        "",
+        f"{SPOOLING}::test_whatever_happens_the_reader_is_told",
+    ),
+    Mutant(
+        "a record that is acknowledged before an earlier one is forgotten with it",
+        WINDOW,
+        "        while self._taken and self._taken[0].done:\n",
+        "        while self._taken and any(one.done for one in self._taken):\n",
+        AWAITING,
+    ),
+    Mutant(
+        "an answer to what was given up counts",
+        WINDOW,
+        "        self._by_token.clear()\n",
+        "",
+        AWAITING,
     ),
 )
 
