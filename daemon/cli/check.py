@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from ..config import Config, ConfigError, load_config
+from ..config import Config, ConfigError, NatsConfig, SourceConfig, load_config
 from .columns import columns
 from .ending import EXIT_CONFIG, EXIT_UNAVAILABLE, Failure
 
@@ -71,9 +71,9 @@ def _show(path: Path, config: Config) -> None:
     click.echo(f"{path}: ok\n")
     click.echo(columns(("SETTING", "VALUE"), _settings(config)))
     click.echo()
-    if config.sources:
+    if any(config.streams()):
         click.echo(_streams(config))
-    if config.nats:
+    if config.buses():
         click.echo(_buses(config))
     for warning in config.warnings():
         click.echo(f"warning: {warning}", err=True)
@@ -113,19 +113,15 @@ def _streams(config: Config) -> str:
 def _buses(config: Config) -> str:
     return columns(
         ("BUS", "TYPE", "SERVERS", "STREAM", "SUBJECTS", "MODEL", "OTHER"),
-        (
-            (
-                bus.name,
-                bus.type,
-                " ".join(bus.connection.servers),
-                bus.stream or "core NATS",
-                " ".join(bus.subjects) or "every one",
-                bus.model,
-                _changed(bus),
-            )
-            for bus in config.nats
-        ),
+        ((bus.name, bus.type, *_where(bus), bus.model, _changed(bus)) for bus in config.buses()),
     )
+
+
+def _where(bus: SourceConfig | NatsConfig) -> tuple[str, str, str]:
+    """Servers, stream and subjects of a bus."""
+    if isinstance(bus, SourceConfig):
+        return bus.endpoint, "ZMQ", bus.topic or "every one"
+    return " ".join(bus.connection.servers), bus.stream or "core NATS", " ".join(bus.subjects) or "every one"
 
 
 _SHOWN = frozenset(

@@ -12,7 +12,7 @@ from ..sources.opening import Opening, open_deliveries, open_message
 from ..streams.delivery import Control, Delivery
 from .dynamo_releases import DynamoCandidates
 from .findings import BusFinding, Worker, note
-from .stream_look import LOOKED_AT_MAX, PayloadLook, counted, on_old_sglang, rejected
+from .stream_look import LOOKED_AT_MAX, PayloadLook, counted, on_clock, on_old_sglang, rejected
 
 WORKERS_MAX = 10_000
 """Workers that are told apart; further ones are only counted as messages."""
@@ -108,6 +108,8 @@ class BusLook:
             self._warn(f"{found.refused_messages} events or messages would be refused, such as {found.refused[0]}")
         if self._lost:
             self._warn(f"{self._lost} messages were lost on their way to here")
+        for one in on_clock(found.behind_ms):
+            self._warn(one)
         return found
 
     def _finish_engine(self, worker: Worker, look: PayloadLook) -> None:

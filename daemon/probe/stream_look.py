@@ -236,9 +236,14 @@ def on_payloads(found: Payloads, wanted: SourceType) -> list[str]:
         warnings += on_old_sglang(found.releases)
     if found.refused_events:
         warnings.append(f"{found.refused_events} events or messages would be refused, such as {found.refused[0]}")
-    if found.behind_ms is not None and abs(found.behind_ms) > _SKEW_MS:
-        warnings.append("the clocks differ by more than a second: so do the ages and lags that are reported")
-    return warnings
+    return warnings + on_clock(found.behind_ms)
+
+
+def on_clock(behind_ms: int | None) -> list[str]:
+    """A word on clocks that differ."""
+    if behind_ms is None or abs(behind_ms) <= _SKEW_MS:
+        return []
+    return ["the clocks differ by more than a second: so do the ages and lags that are reported"]
 
 
 def on_old_sglang(releases: dict[str, list[tuple[str, str]]]) -> list[str]:

@@ -13,6 +13,12 @@ _LABEL_WIDTH = 10
 _FEW_MS = 50
 """Less than this is no difference of clocks that anybody sees."""
 
+_NO_REPLAY = "none configured: what was missed stays missed, and an idle engine tells nothing"
+_NO_REPLAY_SGLANG = (
+    "none configured: SGLang's first message clears everything and leaves before anybody can be there: the "
+    "worker stays untrusted"
+)
+
 Line = tuple[str, str]
 
 
@@ -32,7 +38,7 @@ def stream_block(found: StreamFinding) -> str:
     if found.replay is not None:
         lines.append(("replay", _replay(found.replay)))
     elif found.publishers:
-        lines.append(("replay", "none configured: what was missed stays missed, and an idle engine tells nothing"))
+        lines.append(("replay", _NO_REPLAY_SGLANG if found.type == "sglang" else _NO_REPLAY))
     head = f"stream {found.stream} ({_engine(found.type)}) at {found.endpoint}: "
     return _block(head + _reached(found.publishers > 0, found.connected_ms, found.bind), lines, found)
 

@@ -92,7 +92,7 @@ def probe_stream(context: ZmqContext, source: SourceConfig, stream: StreamConfig
 def probe_bus(context: ZmqContext, source: SourceConfig, seconds: float) -> BusFinding:
     """Dynamo's event plane over ZMQ."""
     endpoint = str(Endpoint.parse(source.endpoint))
-    finding = BusFinding(source.name, source.type, "zmq", [endpoint], seconds=seconds)
+    finding = BusFinding(source.name, source.type, "ZMQ", [endpoint], seconds=seconds)
     look = BusLook(finding, source)
     contact = _listen(context, options_of(source, endpoint), seconds, look.frames)
     finding.connected_ms, connections, finding.problem = contact

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,11 @@ from kvcensus.daemon.recording import Recording
 
 CAPTURES = Path(__file__).parents[1] / "captures"
 PROBE_S = 1.0
+BUSY_S = 2.5
+"""For a probe that has to see what is published meanwhile."""
+
+Meanwhile = Callable[[threading.Event], object]
+"""Called while it looks, with what is set when it has looked."""
 
 
 class Probed(NamedTuple):
@@ -36,6 +40,10 @@ class Probed(NamedTuple):
         return dict(bus)
 
 
+def nothing(ended: threading.Event) -> None:
+    """Nothing happens meanwhile."""
+
+
 def engine_of(capture: str, published: int = 0, **options: Any) -> ReplayedEngine:
     """A captured engine that has published so many messages already."""
     framing = ReplayFraming.NEW if "vllm-0.32" in capture or "sglang" in capture else ReplayFraming.OLD
@@ -49,34 +57,37 @@ def engine_of(capture: str, published: int = 0, **options: Any) -> ReplayedEngin
 def probe(
     directory: Path,
     toml: str,
-    meanwhile: Callable[[], object] = lambda: None,
+    meanwhile: Meanwhile = nothing,
     *,
-    seconds: float = PROBE_S,
+    seconds: float | None = None,
     arguments: tuple[str, ...] = ("--json",),
 ) -> tuple[int, str]:
-    """The exit code and what is printed. `meanwhile` is called while it looks."""
+    """The exit code and what is printed. It looks longer where something is to come meanwhile."""
     config = directory / "probed.toml"
     config.write_text(toml)
-    beside = threading.Thread(target=meanwhile)
+    seconds = seconds or (PROBE_S if meanwhile is nothing else BUSY_S)
+    ended_looking = threading.Event()
+    beside = threading.Thread(target=lambda: meanwhile(ended_looking))
     beside.start()
     command = ["check", "--config", str(config), "--probe", "--probe-s", str(seconds), *arguments]
     ended = CliRunner().invoke(main, command)
+    ended_looking.set()
     beside.join()
     if ended.exception is not None and not isinstance(ended.exception, SystemExit):
         raise ended.exception
     return ended.exit_code, ended.stdout
 
 
-def probed(directory: Path, toml: str, meanwhile: Callable[[], object] = lambda: None, **options: Any) -> Probed:
+def probed(directory: Path, toml: str, meanwhile: Meanwhile = nothing, **options: Any) -> Probed:
     """What is printed as JSON."""
     exit_code, printed = probe(directory, toml, meanwhile, **options)
     return Probed(exit_code, json.loads(printed)["probe"])
 
 
-def publishing(engine: ReplayedEngine, count: int) -> Callable[[], object]:
+def publishing(engine: ReplayedEngine, count: int) -> Meanwhile:
     """Publish so many messages once somebody listens."""
 
-    def publish() -> None:
+    def publish(ended: threading.Event) -> None:
         if engine.wait_subscribers(1, 20):
             time.sleep(0.1)
             engine.publish(count)
@@ -84,15 +95,12 @@ def publishing(engine: ReplayedEngine, count: int) -> Callable[[], object]:
     return publish
 
 
-def repeating(publish: Callable[[], object], seconds: float) -> Callable[[], object]:
-    """Do it again and again for some seconds: whoever comes in the meantime gets some of it."""
+def repeating(publish: Callable[[], object]) -> Meanwhile:
+    """Do it again and again: whoever comes in the meantime gets some of it."""
 
-    def repeat() -> None:
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
-            with suppress(Exception):
-                publish()
-            time.sleep(0.05)
+    def repeat(ended: threading.Event) -> None:
+        while not ended.wait(0.05):
+            publish()
 
     return repeat
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from kvcensus.daemon.cli import main
 
 from ..dynamo_captures import messages_of
 from .daemon_process import DaemonProcess, wait_until
-from .probing import engine_of, probe, probed, publishing, repeating, source
+from .probing import Meanwhile, engine_of, probe, probed, publishing, repeating, source
 
 NOBODY = "tcp://127.0.0.1:1"
 
@@ -93,7 +94,7 @@ def test_a_replay_socket_that_is_mute(tmp_path: Path) -> None:
     (found,) = findings["streams"]
     assert found["messages"] == 3
     assert found["replay"]["reached"] is False
-    assert "takes requests and answers none within 1 s: a busy engine" in found["replay"]["problem"]
+    assert "takes requests and answers none within 2.5 s: a busy engine" in found["replay"]["problem"]
     assert "replay_timeout_ms" in found["replay"]["problem"]
 
 
@@ -148,13 +149,13 @@ def test_nobody_connects_and_an_address_that_is_taken(tmp_path: Path) -> None:
     assert findings["streams"][0]["problem"].endswith("is taken: a daemon that runs with this configuration has it")
 
 
-def published_frames(name: str) -> tuple[str, Callable[[], object], Callable[[], object]]:
+def published_frames(name: str) -> tuple[str, Meanwhile, Callable[[], object]]:
     """An endpoint that publishes captured frames: how to publish all of them, and how to end it."""
     context = zmq.Context()
     publisher = context.socket(zmq.XPUB)
     port = publisher.bind_to_random_port("tcp://127.0.0.1")
 
-    def publish() -> None:
+    def publish(ended: threading.Event) -> None:
         if publisher.poll(20_000):
             publisher.recv()
             for one in messages_of(name):
@@ -190,7 +191,7 @@ def test_the_daemon_beside_it_misses_nothing(tmp_path: Path) -> None:
     (tmp_path / "kvcensus.toml").write_text(toml)
     with DaemonProcess(tmp_path, "--config", str(tmp_path / "kvcensus.toml")) as daemon:
         engine.wait_subscribers()
-        assert probed(tmp_path, toml, repeating(lambda: engine.publish(2), 1.0)).stream["messages"] > 0
+        assert probed(tmp_path, toml, repeating(lambda: engine.publish(2))).stream["messages"] > 0
         engine.publish(1)
         last = engine.published_count - 1
         wait_until(lambda: daemon.stream()["last_seq"] == last, "the daemon is there")

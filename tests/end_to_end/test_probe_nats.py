@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..captures_reader import load_capture
 from ..daemon.certificates import authority, signed
 from ..dynamo_captures import messages_of
 from ..nats_servers import NatsServer, Talk, free_port, nats_server, secret_file, talking
-from .probing import probe, probed, repeating
+from .probing import Meanwhile, probe, probed, repeating
 
 CAPTURE = load_capture("vllm-0.32.0-basic").messages
 
@@ -53,12 +53,12 @@ def relayed(worker: str, count: int, control: Control = Control.NONE) -> list[tu
     ]
 
 
-def published(talk: Talk, messages: list[tuple[str, dict[str, str], bytes]]) -> Callable[[], object]:
+def published(talk: Talk, messages: list[tuple[str, dict[str, str], bytes]]) -> Meanwhile:
     def publish() -> None:
         for subject, headers, payload in messages:
             talk.publish(subject, payload, headers)
 
-    return repeating(publish, 1.5)
+    return repeating(publish)
 
 
 def test_relays_over_core_nats(tmp_path: Path, server: NatsServer, talk: Talk) -> None:
@@ -88,6 +88,7 @@ def test_dynamo_over_core_nats(tmp_path: Path, server: NatsServer, talk: Talk) -
     assert found["publishers"] >= 1
     assert found["workers"]
     assert abs(found["behind_ms"]) > 1000
+    assert "the clocks differ" in found["warnings"][0]
 
 
 def test_a_silent_bus(tmp_path: Path, server: NatsServer) -> None:
