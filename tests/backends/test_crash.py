@@ -1,0 +1,30 @@
+"""kill -9 at random moments: what is found is the index after one batch, with the cursor of that batch.
+
+`python -m tests.drills.backend_kills` does it 200 times.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvcensus.backends.registry import why_unusable
+
+from .crashing import CrashTest
+
+PERSISTENT: dict[str, dict[str, Any]] = {
+    "lmdb": {},
+}
+"""Options with which much happens in a short time, by the name of the backend."""
+
+
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_a_killed_process_leaves_whole_batches_with_their_cursor(name: str, tmp_path: Path) -> None:
+    if problem := why_unusable(name):
+        pytest.skip(problem)
+    test = CrashTest(name, tmp_path, PERSISTENT[name])
+    for number in range(5):
+        test.kill(random.Random(number).uniform(0.05, 0.6))
+        test.check()
+    assert test.reached > 0
