@@ -37,7 +37,9 @@ log = get_logger("run")
 @click.option(
     "--replay-endpoint", "replay_endpoints", multiple=True, help="Replay endpoint of the engine, in the same order."
 )
-@click.option("--engine-type", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
+@click.option("--nats", "servers", multiple=True, help="URL of a NATS server whose bus is followed; may repeat.")
+@click.option("--stream", default="", help="JetStream stream of the bus; without it, core NATS.")
+@click.option("--engine-type", type=click.Choice(["vllm", "sglang", "dynamo"]), default="vllm", show_default=True)
 @click.option("--topic", default="", help="Only topics that start with this.")
 @click.option("--worker", "workers", multiple=True, help="Worker name of the engine, in the same order.")
 @click.option("--model", default="", help="Model name for the scope of the blocks.")
@@ -50,6 +52,8 @@ def run(
     path: Path | None,
     engines: tuple[str, ...],
     replay_endpoints: tuple[str, ...],
+    servers: tuple[str, ...],
+    stream: str,
     engine_type: str,
     topic: str,
     workers: tuple[str, ...],
@@ -62,12 +66,14 @@ def run(
 ) -> None:
     """Follow engines, keep the index, answer over HTTP.
 
-    Give a file with --config, or engines with --engine and nothing else.
+    Give a file with --config, or engines with --engine, or a bus with --nats.
     """
-    if path is not None and engines:
-        raise click.UsageError("give --config or --engine, not both")
-    if path is None and not engines:
-        raise click.UsageError("nothing to follow: give --config FILE or --engine ENDPOINT")
+    if path is not None and (engines or servers):
+        raise click.UsageError("give --config, or --engine and --nats, not both")
+    if path is None and not engines and not servers:
+        raise click.UsageError("nothing to follow: give --config FILE, --engine ENDPOINT or --nats URL")
+    if stream and not servers:
+        raise click.UsageError("--stream belongs to --nats")
 
     def load() -> Config:
         if path is not None:
@@ -77,6 +83,8 @@ def run(
             engines,
             replay_endpoints,
             workers=workers,
+            servers=servers,
+            stream=stream,
             engine_type=engine_type,
             topic=topic,
             model=model,

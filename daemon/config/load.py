@@ -74,6 +74,8 @@ def config_from_flags(
     replay_endpoints: Sequence[str] = (),
     *,
     workers: Sequence[str] = (),
+    servers: Sequence[str] = (),
+    stream: str = "",
     engine_type: str = "vllm",
     topic: str = "",
     model: str = "",
@@ -87,8 +89,8 @@ def config_from_flags(
 ) -> Config:
     """The configuration of `kvcensus run --engine …`: one source per engine, further flags paired by order.
 
-    `topic`, `model`, `engine_type`, `bind` and `ranks` are those of every engine; `relay` has keys of that section.
-    Raises ConfigError.
+    `servers` and `stream` are those of one bus, which is called `nats`. `topic`, `model`, `engine_type`, `bind` and
+    `ranks` are those of every engine; `relay` has keys of that section. Raises ConfigError.
     """
     for flag, values in (("--replay-endpoint", replay_endpoints), ("--worker", workers)):
         if len(values) > len(engines):
@@ -106,10 +108,14 @@ def config_from_flags(
         }
         for engine, replay, worker in zip_longest(engines, replay_endpoints, workers, fillvalue="")
     ]
+    buses = []
+    if servers:
+        bus = {"name": "nats", "type": engine_type, "model": model, "stream": stream}
+        buses.append({**bus, "connection": {"servers": servers}})
     flags = {"data_dir": data_dir, "http.listen": http, "backend": backend}
     overrides: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
     overrides |= {f"relay.{key}": value for key, value in (relay or {}).items()}
-    return load_config(None, environ or {}, overrides | {"sources": sources})
+    return load_config(None, environ or {}, overrides | {"sources": sources, "nats": buses})
 
 
 def _read(path: Path) -> str:

@@ -198,7 +198,17 @@ def test_more_replay_endpoints_than_engines() -> None:
         config_from_flags([], workers=["a"])
 
 
+def test_flags_make_a_bus_of_the_servers() -> None:
+    config = config_from_flags([], servers=["nats://a:4222", "nats://b:4222"], stream="KV", engine_type="dynamo")
+    (bus,) = config.nats
+    assert (bus.name, bus.type, bus.stream) == ("nats", "dynamo", "KV")
+    assert bus.connection.servers == ("nats://a:4222", "nats://b:4222")
+    assert config.sources == ()
+
+
 def test_a_bad_flag_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^command line: nats\[0\]\.connection\.servers"):
+        config_from_flags([], servers=["nats://user:secret@a"])
     with pytest.raises(ConfigError, match=r"^command line: sources\[1\]\.endpoint: 'b' is not tcp"):
         config_from_flags(["tcp://a:5557", "b"])
     with pytest.raises(ConfigError, match=r"^command line: http\.listen: 'x' is not HOST:PORT"):
