@@ -26,6 +26,7 @@ from ..model import (
     StoreHealth,
     WorkerMatch,
 )
+from ..ownership import Owner, note_writer
 from .batch import Batch
 from .catalog import WriterCatalog
 from .checks import corrupt
@@ -35,11 +36,9 @@ from .files import (
     MAP_SIZE,
     SUSPECT_FILE,
     Durability,
-    Owner,
     discard_if_machine_crashed,
     disk_is_full,
     move_aside,
-    note_writer,
     open_writer,
     remove_stale_snapshots,
     suspect,

@@ -11,7 +11,6 @@ snapshot-*                  copies that a snapshot is being read from
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -20,11 +19,10 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
-import msgspec
-
 import lmdb
 
-from ..errors import BackendBusy, BackendError, BackendFormat, BackendFull, BackendPidClash
+from ..errors import BackendError, BackendFormat, BackendFull, BackendPidClash
+from ..ownership import lost_in_machine_crash, note_writer
 from .catalog import Tables, number_of
 from .checks import check_metas, check_state, corrupt
 from .rows import SCHEMA
@@ -34,7 +32,6 @@ SUSPECT_FILE = "suspect.txt"
 MAP_SIZE = 1 << 40
 """Address space that every opener of the file reserves, in bytes; no memory and no disk. LMDB cannot grow past it."""
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SCHEMA_KEY = b"schema"
 _MAX_READERS = 512
 _LOCK_FILE_BYTES = 9 << 12
@@ -56,72 +53,16 @@ class Durability(StrEnum):
     FULL = "full"
 
 
-class _Boot(msgspec.Struct):
-    boot_id: str
-    durability: Durability
-    clean: bool
-
-
-class Owner:
-    """The right to write a data directory, held until `release`."""
-
-    def __init__(self, directory: Path) -> None:
-        """Raises BackendBusy when another process holds it, BackendError when the directory cannot be used."""
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._file = os.open(directory / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise BackendError(f"data directory {directory}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._file)
-            raise BackendBusy(f"data directory {directory} is in use by process {owner}") from error
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        """Give the directory up."""
-        os.close(self._file)
-
-
-def boot_id() -> str:
-    """What the kernel calls this boot of the machine."""
-    return _BOOT_ID.read_text().strip()
-
-
 def discard_if_machine_crashed(directory: Path, file: str = INDEX_FILE) -> bool:
     """Delete an index, or another `file`, left by an unsynced writer at a machine crash. Returns whether it did.
 
     Without syncing, a machine crash may leave the file corrupt; the HBM and DRAM it tells of died with the machine.
     """
-    try:
-        boot = msgspec.json.decode((directory / "boot.json").read_bytes(), type=_Boot)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return False
-    if boot.clean or boot.durability is not Durability.PROCESS or boot.boot_id == boot_id():
+    if not lost_in_machine_crash(directory):
         return False
     for name in (file, f"{file}-lock"):
         (directory / name).unlink(missing_ok=True)
     return True
-
-
-def note_writer(directory: Path, durability: Durability, clean: bool) -> None:
-    """Record how the index is being written, durably and before it is."""
-    path = directory / "boot.json"
-    draft = path.with_suffix(".tmp")
-    with draft.open("wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(msgspec.json.encode(_Boot(boot_id(), durability, clean)))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    folder = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def pid_clash(path: Path | str) -> BackendPidClash:

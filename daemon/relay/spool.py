@@ -25,14 +25,13 @@ from kvcensus.backends.lmdb.checks import check_metas, check_state, corrupt
 from kvcensus.backends.lmdb.files import (
     DAMAGE,
     Durability,
-    Owner,
     allocate_lock_file,
     discard_if_machine_crashed,
     disk_is_full,
     named_errors,
-    note_writer,
 )
 from kvcensus.backends.model import Cursor
+from kvcensus.backends.ownership import Owner, note_writer
 from kvcensus.translators.translation import worker_id_of
 
 from ..streams.delivery import Control

@@ -10,6 +10,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from kvcensus.backends import ownership
 from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
 from kvcensus.backends.lmdb import Durability, LmdbBackend, LmdbReader, files
 from kvcensus.backends.model import Cursor
@@ -176,7 +177,7 @@ def test_a_reader_of_nothing_says_so(tmp_path: Path) -> None:
 
 
 def reboot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "boot_id", lambda: "another boot")
+    monkeypatch.setattr(ownership, "boot_id", lambda: "another boot")
 
 
 def test_an_unsynced_index_is_discarded_after_a_machine_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +243,7 @@ def test_how_the_writer_runs_is_noted_while_it_runs(tmp_path: Path) -> None:
     running = json.loads((tmp_path / "boot.json").read_bytes())
     backend.close()
     closed = json.loads((tmp_path / "boot.json").read_bytes())
-    assert running == {"boot_id": files.boot_id(), "durability": "process", "clean": False}
+    assert running == {"boot_id": ownership.boot_id(), "durability": "process", "clean": False}
     assert closed == running | {"clean": True}
 
 

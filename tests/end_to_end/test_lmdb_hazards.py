@@ -17,6 +17,7 @@ import lmdb
 import msgspec
 import pytest
 
+from kvcensus.backends import ownership
 from kvcensus.backends.lmdb import Durability, files
 from kvcensus.daemon.engine_replay import ReplayedEngine
 from kvcensus.daemon.recording import RecordedMessage
@@ -405,7 +406,7 @@ def test_an_unsynced_index_of_another_boot_is_discarded_and_replayed(tmp_path: P
     with stopped(tmp_path, 20) as daemon:
         boot = tmp_path / "data" / "boot.json"
         note = json.loads(boot.read_bytes())
-        assert note == {"boot_id": files.boot_id(), "durability": Durability.PROCESS, "clean": False}
+        assert note == {"boot_id": ownership.boot_id(), "durability": Durability.PROCESS, "clean": False}
         boot.write_text(json.dumps(note | {"boot_id": "another"}))
         (tmp_path / "data" / files.INDEX_FILE).write_bytes(b"what the machine made of it")
         daemon.start()

@@ -1,0 +1,1 @@
+"""The index as a journal of operations in plain files, held in memory: needs no library at all."""
