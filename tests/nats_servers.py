@@ -92,6 +92,7 @@ class NatsServer:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._jetstream = jetstream
         self._settings = dict(settings or {})
+        self._blocks: dict[str, Path] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -102,13 +103,21 @@ class NatsServer:
     def tls_url(self) -> str:
         return f"tls://{self.host}:{self.port}"
 
+    def include(self, block: str, file: Path) -> None:
+        """Restart with a block of the configuration that is in the server's own language, in a file."""
+        self._blocks[block] = file
+        self.stop()
+        self.start()
+
     def configure(self, **settings: object) -> None:
         """Change settings; they hold from the next start or reload on."""
         self._settings.update(settings)
         config: dict[str, object] = {"listen": f"{self.host}:{self.port}", "server_name": self.name}
         if self._jetstream:
             config["jetstream"] = {"store_dir": str(self._directory / "store"), "max_mem": 1 << 30, "max_file": 4 << 30}
-        (self._directory / "server.conf").write_text(json.dumps(config | self._settings, indent=1))
+        text = json.dumps(config | self._settings, indent=1)
+        blocks = "".join(f',\n"{block}": {{ {file.read_text()} }}\n' for block, file in self._blocks.items())
+        (self._directory / "server.conf").write_text(text.removesuffix("}").rstrip() + blocks + "}\n")
 
     def start(self) -> NatsServer:
         self.configure()

@@ -39,8 +39,8 @@ def signed(directory: Path, name: str, by: Signed, days: int = 2) -> Signed:
         *("-keyout", made.key, "-out", request),
     )
     _openssl(
-        *("x509", "-req", "-in", request, "-CA", by.certificate, "-CAkey", by.key, "-CAcreateserial", "-days", str(days)),
-        *("-extfile", extensions, "-out", made.certificate),
+        *("x509", "-req", "-in", request, "-CA", by.certificate, "-CAkey", by.key, "-CAcreateserial"),
+        *("-days", str(days), "-extfile", extensions, "-out", made.certificate),
     )
     made.key.chmod(0o600)
     return made

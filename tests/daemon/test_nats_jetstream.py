@@ -388,6 +388,18 @@ def test_a_subject_without_permission(server: NatsServer, tmp_path: Path, denied
             wait_until(lambda: not one.bus.problem, "nothing is wrong any more")
 
 
+def test_a_message_that_is_larger_than_may_wait(server: NatsServer, tmp_path: Path) -> None:
+    with talking(server.url) as talk:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        relay.send(*range(20))
+        talk.store(relay.subject, bytes(5000))
+        with following(tmp_path, server.url, stream=STREAM, pending_max_bytes=4000) as one:
+            one.says("message 21 of stream KV is larger than half of pending_max_bytes (4000)")
+            keeps_up(one, 20)
+            assert one.held() == set(range(20))
+
+
 # A cluster
 
 
