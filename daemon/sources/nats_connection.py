@@ -69,7 +69,7 @@ class NatsConnection:
         self._offer = client.offer
         self._servers = servers
         self._subjects: dict[str, str] = {}
-        self._requests: dict[str, asyncio.Future[bytes]] = {}
+        self._requests: dict[asyncio.Future[bytes], str] = {}
         self.refused: dict[str, str] = {}
         """Subjects that the server refused, with a sentence each."""
         self.failure: Exception | None = None
@@ -136,7 +136,7 @@ class NatsConnection:
         self._note(subject)
         refused: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         asked = asyncio.ensure_future(self.client.request(subject, payload, timeout=self._timeout_s))
-        self._requests[subject] = refused
+        self._requests[refused] = subject
         try:
             either: list[asyncio.Future[Any]] = [asked, refused]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -152,7 +152,7 @@ class NatsConnection:
         except (errors.Error, OSError) as error:
             raise NatsProblem(self._failed(error)) from error
         finally:
-            del self._requests[subject]
+            del self._requests[refused]
             asked.cancel()
             refused.cancel()
 
@@ -192,7 +192,7 @@ class NatsConnection:
             problem = not_permitted(self._servers, what, subject)
             self.refused[subject] = problem
             self.complained(problem)
-            for asked, waiting in self._requests.items():
+            for waiting, asked in self._requests.items():
                 # Answers come to a subject of nats-py's choice.
                 if (asked == subject or lower.startswith("_inbox.")) and not waiting.done():
                     waiting.set_exception(NatsProblem(problem))

@@ -407,6 +407,20 @@ def test_a_request_without_permission_is_refused_at_once(restricted: NatsServers
     assert connected(restricted, request) < QUICK_MS / 2000
 
 
+def test_requests_on_one_subject_at_a_time_do_not_know_of_each_other(restricted: NatsServers) -> None:
+    async def ask(connection: NatsConnection) -> list[str]:
+        found = await asyncio.gather(
+            *(connection.request(subject) for subject in ("A", "A", "Secret.Api", "Secret.Api")), return_exceptions=True
+        )
+        assert not connection.is_lost
+        return [str(one) for one in found]
+
+    first, second, *refused = connected(restricted, ask)
+    assert first.endswith("nobody answers on A")
+    assert second == first
+    assert ["no permission to publish to Secret.Api" in one for one in refused] == [True, True]
+
+
 def test_waits_double_up_to_a_bound_and_begin_anew_after_success() -> None:
     backoff = Backoff(servers("nats://127.0.0.1", reconnect_min_ms=100, reconnect_max_ms=500))
     assert [backoff.next_s() for _ in range(5)] == [0.1, 0.2, 0.4, 0.5, 0.5]
