@@ -68,7 +68,7 @@ class Killer:
                 )
         while self._down:
             self._idle(_LOOK_S)
-        for process in (*self._stage.relays, self._stage.central):
+        for process in self._stage.processes:
             process.wait_until_it_answers()
 
     def _idle(self, seconds: float) -> None:
@@ -78,6 +78,7 @@ class Killer:
                 self._down.remove(one)
                 one.start()
                 self._note("started", one.name)
+            self._stage.check_alive({down.name for down in self._down})
             time.sleep(min(_LOOK_S, max(0.0, ends_s - now_s)))
 
     def _victim(self, kind: str) -> tuple[str, Callable[[], None], Callable[[], object]] | None:

@@ -65,7 +65,7 @@ def interrupt(stage: Stage, watch: Watch, seconds: float, *, kill: bool) -> None
         else:
             server.stop()
     began_s = time.monotonic()
-    for process in (*stage.relays, stage.central):
+    for process in stage.processes:
         wait_until(lambda process=process: bool(process.problems()), "it says that nothing comes")  # type: ignore[misc]
     watch.look_for(seconds - (time.monotonic() - began_s))
     for server in stage.cluster.servers:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,19 @@ class Stage:
         self.relays = relays
         self.central = central
 
+    @property
+    def processes(self) -> tuple[DaemonProcess, ...]:
+        """Relays and daemon."""
+        return (*self.relays, self.central)
+
+    def check_alive(self, away: Collection[str] = ()) -> None:
+        """No process ends by itself, but for those that were killed. AssertionError otherwise."""
+        for one in self.processes:
+            if one.directory.name not in away:
+                assert one.process is not None
+                code = one.process.poll()
+                assert code is None, f"{one.directory.name} ended by itself with {code}"
+
     def settle(self, untrusted: frozenset[str] = frozenset(), timeout_s: float = SETTLE_S) -> float:
         """Wait, while the fleet pauses, until the central index is what it should be. Returns the seconds it took.
 
@@ -141,6 +154,7 @@ class Stage:
 
     def difference(self, untrusted: frozenset[str] = frozenset()) -> list[str]:
         """What is not as it should be, one sentence for each."""
+        self.check_alive()
         streams = {one["worker_id"]: one for one in self.central.get("/v1/streams")["streams"]}
         truths = [source.rank.truth() for source in self.fleet.sources.values()]
         behind = [
