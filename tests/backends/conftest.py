@@ -7,12 +7,14 @@ import pytest
 
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
-from kvcensus.backends.memory import MemoryBackend
+from kvcensus.backends.registry import open_backend, why_unusable
 
 
-@pytest.fixture(params=["memory", "lmdb"])
+@pytest.fixture(params=["memory", "lmdb", "filesystem"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[IndexBackend]:
-    opened: IndexBackend = MemoryBackend() if request.param == "memory" else LmdbBackend(tmp_path / "data")
+    if problem := why_unusable(request.param):
+        pytest.skip(problem)
+    opened = open_backend(request.param, tmp_path / "data")
     yield opened
     opened.close()
 

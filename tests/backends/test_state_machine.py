@@ -1,4 +1,4 @@
-"""Any sequence of calls gives the same answers from the oracle, in memory and from an LMDB file that is reopened."""
+"""Any sequence of calls gives the same answers from the oracle, in memory and from files that are reopened."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvcensus.backends.filesystem import FilesystemBackend
 from kvcensus.backends.interface import IndexBackend
-from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import (
     ROOT,
@@ -27,8 +27,11 @@ from kvcensus.backends.model import (
     RemoveBlocks,
     StoreRun,
 )
+from kvcensus.backends.registry import open_backend, why_unusable
 
 from .oracle import Oracle
+
+PERSISTENT = [name for name in ("lmdb", "filesystem") if not why_unusable(name)]
 
 HASHES = (
     b"\x00" * 8,
@@ -131,15 +134,15 @@ class Backends(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp())
         self.oracle = Oracle()
         self.memory = MemoryBackend()
-        self.lmdb = LmdbBackend(self.directory)
+        self.persistent = {name: open_backend(name, self.directory / name) for name in PERSISTENT}
         self.question = list(HASHES)
 
     @property
-    def both(self) -> tuple[IndexBackend, IndexBackend]:
-        return self.memory, self.lmdb
+    def every(self) -> list[IndexBackend]:
+        return [self.memory, *self.persistent.values()]
 
     def teardown(self) -> None:
-        for backend in self.both:
+        for backend in self.every:
             backend.close()
         shutil.rmtree(self.directory)
 
@@ -150,60 +153,68 @@ class Backends(RuleBasedStateMachine):
     @rule(batch=st.lists(operations, max_size=6), at=st.lists(cursors, max_size=2))
     def apply(self, batch: list[StoreRun | RemoveBlocks | ClearBlocks], at: list[Cursor]) -> None:
         wanted = self.oracle.apply(batch, at)
-        for backend in self.both:
+        for backend in self.every:
             assert backend.apply(batch, at) == wanted
 
     @rule(one=residencies())
     def put(self, one: CacheResidency) -> None:
         self.oracle.put(one)
-        for backend in self.both:
+        for backend in self.every:
             backend.put(one)
 
     @rule(scope=scopes, worker=workers, block_hash=hashes)
     def remove_block(self, scope: IdentityScope, worker: str, block_hash: bytes) -> None:
         wanted = self.oracle.remove_block(scope, worker, block_hash)
-        for backend in self.both:
+        for backend in self.every:
             assert backend.remove_block(scope, worker, block_hash) == wanted
 
     @rule(worker=workers)
     def clear_worker(self, worker: str) -> None:
         wanted = self.oracle.clear_worker(worker)
-        for backend in self.both:
+        for backend in self.every:
             assert backend.clear_worker(worker) == wanted
 
     @rule(certain=st.sampled_from([False, False, False, True]))
     def clear(self, certain: bool) -> None:
         if certain:
             self.oracle.clear()
-            for backend in self.both:
+            for backend in self.every:
                 backend.clear()
 
     @rule(stream=st.sampled_from(["a", "b"]))
     def forget_stream(self, stream: str) -> None:
         self.oracle.cursors.pop(stream, None)
-        for backend in self.both:
+        for backend in self.every:
             backend.forget_stream(stream)
 
     @rule(rows=st.integers(1, 8))
     def reclaim(self, rows: int) -> None:
-        for backend in self.both:
+        for backend in self.every:
             backend.reclaim(rows)
 
     @rule()
     def reclaim_all(self) -> None:
-        while self.lmdb.reclaim(5):
-            pass
+        for backend in self.every:
+            while backend.reclaim(5):
+                pass
+
+    @rule()
+    def write_snapshot(self) -> None:
+        filesystem = self.persistent["filesystem"]
+        assert isinstance(filesystem, FilesystemBackend)
+        filesystem.compact()
 
     @rule()
     def reopen(self) -> None:
-        self.lmdb.close()
-        self.lmdb = LmdbBackend(self.directory)
+        for name, backend in self.persistent.items():
+            backend.close()
+            self.persistent[name] = open_backend(name, self.directory / name)
 
     @invariant()
     def answers_are_the_same(self) -> None:
         records = self.oracle.residencies()
         holdings = counted(self.oracle.holdings())
-        for backend in self.both:
+        for backend in self.every:
             assert len(backend) == len(records)
             assert backend.metrics().resident_blocks == len(records)
             assert backend.metrics().resident_bytes == sum(one.bytes * one.ref_count for one in records)
