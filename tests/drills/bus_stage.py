@@ -74,6 +74,11 @@ class RelayProcess(DaemonProcess):
     def workers(self) -> tuple[str, ...]:
         return tuple(self._streams.values())
 
+    def published(self, worker: str) -> int:
+        """The last number of a worker that the bus has."""
+        streams = self.get("/v1/relay")["streams"]
+        return next(int(one["published_seq"]) for one in streams if self._streams[one["stream"]] == worker)
+
     def dropped(self) -> dict[str, int]:
         """Messages that it says it gave up, by worker."""
         name = "kvcensus_relay_stream_dropped_messages_total"
