@@ -33,6 +33,7 @@ RING = 1_000_000
 CACHE_BLOCKS = 2048
 SETTLE_S = 300.0
 _LOOK_S = 0.2
+_SHOWN = 4000
 _SUBJECT = "kvevents.>"
 _REPLICAS = 3
 _UNBOUNDED: Mapping[int, int] = {}
@@ -271,8 +272,11 @@ def run_drill(play: Callable[[Path], Any], keep: Path | None) -> int:
         report = play(directory)
     except AssertionError as error:
         (directory / "problem.txt").write_text(str(error))
-        print(f"FAILED: {str(error)[:4000]}\nEvidence is in {directory}", file=sys.stderr)
+        print(f"FAILED: {str(error)[:_SHOWN]}\nEvidence is in {directory}", file=sys.stderr)
         return 1
+    except BaseException:
+        print(f"Evidence is in {directory}", file=sys.stderr)
+        raise
     print(json.dumps(report, indent=2))
     if keep is None:
         shutil.rmtree(directory)
