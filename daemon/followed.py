@@ -10,12 +10,14 @@ from kvcensus.translators.translation import Translator, worker_id_of
 
 from .counters import AppliedCounters, IntakeCounters
 from .status import StreamState, StreamStatus, Trust
-from .streams.bus import WorkerLife
 from .streams.state import Stream, StreamLimits
 
 
 class StreamView(Protocol):
-    """What is shown of the state of a stream. `life_at_ms` is when its publisher last gave a sign of life."""
+    """What is shown of the state of a stream. `life_at_ms` is when its publisher last gave a sign of life.
+
+    `proven`: nothing can have been missed since the connection was made.
+    """
 
     @property
     def state(self) -> StreamState: ...
@@ -24,6 +26,7 @@ class StreamView(Protocol):
     def expects_life(self) -> bool: ...
 
     life_at_ms: int
+    proven: bool
 
 
 class Followed:
@@ -121,6 +124,8 @@ class Followed:
             return Trust.STALE, "no sign of life from the engine", now_ms() - silence_ms
         if state is StreamState.REPLAYING:
             return Trust.CATCHING_UP, "replaying what was missed", self._state_since_ms
+        if not self._view.proven:
+            return Trust.STALE, "not heard of since the connection was made anew", self._state_since_ms
         return Trust.FRESH, "", max(cursor.since_ms, self._state_since_ms)
 
 
@@ -158,52 +163,6 @@ class FollowedStream(Followed):
             stale_after_ms=stale_after_ms,
             silent_after_ms=silent_after_ms,
         )
-
-
-class FollowedWorker(Followed):
-    """A stream that a bus brought."""
-
-    def __init__(
-        self,
-        *,
-        source: str,
-        stream: str,
-        rank: int | None,
-        endpoint: str,
-        translator: Translator,
-        life: WorkerLife,
-        cursor: Cursor | None,
-        worker: str,
-        engine: str,
-        keeps_fenced: bool,
-        stale_after_ms: int,
-    ) -> None:
-        self._life = life
-        super().__init__(
-            source=source,
-            stream=stream,
-            rank=rank,
-            endpoint=endpoint,
-            translator=translator,
-            view=life,
-            intake=life.counters,
-            cursor=cursor,
-            worker=worker,
-            engine=engine,
-            keeps_fenced=keeps_fenced,
-            stale_after_ms=stale_after_ms,
-        )
-
-    def status(self) -> StreamStatus:
-        """The stream as of its last commit. Its bus tells all of its streams at once what it is doing."""
-        self.note_state()
-        return super().status()
-
-    def _trust(self, cursor: Cursor, state: StreamState) -> tuple[Trust, str, int]:
-        trust, reason, since_ms = super()._trust(cursor, state)
-        if trust is Trust.FRESH and not self._life.proven:
-            return Trust.STALE, "not heard of since the connection was made anew", self._state_since_ms
-        return trust, reason, since_ms
 
 
 def monotonic_ms() -> int:

@@ -17,11 +17,11 @@ from kvcensus.backends.model import ClearBlocks, Cursor
 from kvcensus.backends.registry import open_backend
 
 from .claims import Claims
-from .config import Config, NatsConfig, OnCorrupt, OnFence, OnHole, SourceConfig, StreamConfig
+from .config import Config, NatsConfig, OnCorrupt, SourceConfig, StreamConfig
 from .config.endpoints import Endpoint
 from .counters import HttpCounters, QuarantineCounters, WriterCounters
-from .engines import ENGINE_TRANSLATORS
 from .followed import Followed, FollowedStream
+from .following import stream_of
 from .frame_queue import Barrier, FrameQueue
 from .logs import get_logger
 from .metrics import install
@@ -32,7 +32,6 @@ from .sources.zmq import ZmqIntake
 from .sources.zmq_sockets import options_of
 from .status import BusFigures, Readiness, StreamCounters, StreamStatus, Trust
 from .streams.bus import BusLimits
-from .streams.state import StreamLimits
 from .writer import Writer, WriterOptions
 
 log = get_logger("service")
@@ -97,27 +96,7 @@ class Service:
         self.backend.forget_stream(cursor.stream)
 
     def _follow(self, source: SourceConfig, stream: StreamConfig, cursor: Cursor | None) -> None:
-        followed = FollowedStream(
-            source=stream.source,
-            stream=stream.stream,
-            rank=stream.rank,
-            endpoint=stream.endpoint,
-            limits=StreamLimits(
-                replay=bool(stream.replay_endpoint),
-                replay_timeout_ms=source.replay_timeout_ms,
-                replay_attempts=source.replay_attempts,
-                hold_max_messages=source.hold_max_messages,
-                probe_ms=source.probe_ms,
-                lease_ms=source.lease_ms,
-                tolerate_holes=source.on_hole is OnHole.TOLERATE,
-            ),
-            translator=ENGINE_TRANSLATORS[source.type](source.options_of(source.name)),
-            cursor=cursor,
-            keeps_fenced=source.on_fence is OnFence.KEEP,
-            stale_after_ms=source.stale_after_ms,
-            silent_after_ms=source.silent_after_ms,
-            engine=source.type,
-        )
+        followed = stream_of(source, stream, cursor)
         self._streams = {**self._streams, stream.stream: (source, followed)}
         self._claims.claim(stream.stream, stream.source)
         options = options_of(source, stream.endpoint, stream.replay_endpoint)

@@ -10,17 +10,15 @@ from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.model import Cursor
 
-from ..config import Config, OnHole, SourceConfig, StreamConfig
+from ..config import Config
 from ..counters import HttpCounters
-from ..engines import ENGINE_TRANSLATORS
-from ..followed import FollowedStream
+from ..following import stream_of
 from ..frame_queue import FrameQueue
 from ..logs import get_logger
 from ..sources.nats_connection import Backoff, NatsConnector
 from ..sources.zmq import ZmqIntake
 from ..sources.zmq_sockets import options_of
 from ..status import Readiness
-from ..streams.state import StreamLimits
 from .convention import Address
 from .envelopes import Envelopes
 from .metrics import install
@@ -74,7 +72,7 @@ class RelayService:
         """The configured streams. The cursors of others stay: should one come back, its epochs go on."""
         return {
             stream.stream: SpooledStream(
-                _followed(source, stream, cursors.get(stream.stream)),
+                stream_of(source, stream, cursors.get(stream.stream)),
                 Address(stream.source, stream.rank, source.model, source.type, source.topic),
             )
             for source, stream in self.config.streams()
@@ -84,7 +82,7 @@ class RelayService:
         """Follow every stream from its cursor, and publish what the spool has."""
         for source, stream in self.config.streams():
             options = options_of(source, stream.endpoint, stream.replay_endpoint)
-            self._intake.add(self.streams[stream.stream].followed, options)  # type: ignore[arg-type]
+            self._intake.add(self.streams[stream.stream].followed, options)
         log.info("spool_opened", lineage=self.spool.lineage, waiting=self.spool.waiting, bytes=self.spool.waiting_bytes)
         self.spooler.start()
         self.publisher.start()
@@ -127,26 +125,3 @@ class RelayService:
         if self.publisher.problem:
             problems.append(f"nothing can be published: {self.publisher.problem}")
         return Readiness(not problems, problems)
-
-
-def _followed(source: SourceConfig, stream: StreamConfig, cursor: Cursor | None) -> FollowedStream:
-    return FollowedStream(
-        source=stream.source,
-        stream=stream.stream,
-        rank=stream.rank,
-        endpoint=stream.endpoint,
-        limits=StreamLimits(
-            replay=bool(stream.replay_endpoint),
-            replay_timeout_ms=source.replay_timeout_ms,
-            replay_attempts=source.replay_attempts,
-            hold_max_messages=source.hold_max_messages,
-            probe_ms=source.probe_ms,
-            lease_ms=source.lease_ms,
-            tolerate_holes=source.on_hole is OnHole.TOLERATE,
-        ),
-        translator=ENGINE_TRANSLATORS[source.type](source.options_of(source.name)),
-        cursor=cursor,
-        stale_after_ms=source.stale_after_ms,
-        silent_after_ms=source.silent_after_ms,
-        engine=source.type,
-    )

@@ -10,7 +10,7 @@ from contextlib import suppress
 from kvcensus.backends.errors import BackendFull
 from kvcensus.backends.model import Cursor
 
-from ..followed import Followed, now_ms
+from ..followed import Followed, FollowedStream, now_ms
 from ..frame_queue import Barrier, FrameQueue, Item
 from ..logs import get_logger
 from ..progress import Progress
@@ -34,7 +34,7 @@ log = get_logger("spool")
 class SpooledStream:
     """A followed stream, whose messages it carries, and what is counted of them."""
 
-    def __init__(self, followed: Followed, address: Address) -> None:
+    def __init__(self, followed: FollowedStream, address: Address) -> None:
         self.followed = followed
         self.address = address
         self.counters = StreamSpoolCounters()

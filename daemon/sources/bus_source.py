@@ -17,7 +17,7 @@ from ..config import OnFence, SourceType
 from ..config.translated import Translated
 from ..counters import BusCounters, IntakeCounters
 from ..engines import translator_of
-from ..followed import Followed, FollowedWorker, monotonic_ms
+from ..followed import Followed, monotonic_ms
 from ..frame_queue import Advance, Item, Refuse
 from ..logs import get_logger
 from ..status import BusStatus, StreamState
@@ -60,7 +60,7 @@ class BusSource:
         self.pending = 0
         """Messages that the stream still has for us (JetStream)."""
         self.was_connected = False
-        self._workers: dict[str, FollowedWorker] = {}
+        self._workers: dict[str, Followed] = {}
         self._made_for: dict[str, tuple[str, str]] = {}
         self._muffled_until_ms = 0
         self.position = Followed(
@@ -90,7 +90,7 @@ class BusSource:
         """Whether the bus is there."""
         return self.bus.state in (StreamState.LIVE, StreamState.REPLAYING)
 
-    def workers(self) -> list[FollowedWorker]:
+    def workers(self) -> list[Followed]:
         """Every worker that is followed now."""
         return list(self._workers.values())
 
@@ -117,6 +117,7 @@ class BusSource:
             log.info("bus_recovered", bus=self.name)
         self.problem = ""
         self.bus.connected(monotonic_ms())
+        self._note_states()
         log.info("bus_connected", bus=self.name)
 
     def connection_lost(self) -> None:
@@ -125,6 +126,7 @@ class BusSource:
             self.counters.disconnects += 1
             log.warning("bus_disconnected", bus=self.name)
         self.bus.disconnected()
+        self._note_states()
 
     def fail(self, problem: str) -> None:
         """Nothing comes from the bus, for this reason. It is tried again."""
@@ -154,8 +156,10 @@ class BusSource:
         return self._items(self.bus.lost(reason))
 
     def tick(self) -> list[Item]:
-        """Time has passed."""
-        return self._items(self.bus.tick(monotonic_ms()))
+        """Time has passed: leases, and the states that are shown."""
+        items = self._items(self.bus.tick(monotonic_ms()))
+        self._note_states()
+        return items
 
     def advance(self, position: int, life: str) -> Item:
         """The stream `life` has been read up to `position`: to be queued behind what that brought."""
@@ -173,6 +177,10 @@ class BusSource:
         for key in self._workers:
             self._claims.release(key, self.name)
 
+    def _note_states(self) -> None:
+        for one in (*self._workers.values(), self.position):
+            one.note_state()
+
     def _admit(self, key: str, delivery: Delivery, life: WorkerLife) -> bool:
         if len(self._workers) >= self.settings.max_workers:
             self._complain("worker_refused", worker=key, detail=f"max_workers is {self.settings.max_workers}")
@@ -185,17 +193,16 @@ class BusSource:
         log.info("worker_joined", bus=self.name, worker=key)
         return True
 
-    def _follow(
-        self, key: str, worker: str, rank: int | None, life: WorkerLife, cursor: Cursor | None
-    ) -> FollowedWorker:
+    def _follow(self, key: str, worker: str, rank: int | None, life: WorkerLife, cursor: Cursor | None) -> Followed:
         settings = self.settings
-        return FollowedWorker(
+        return Followed(
             source=self.name,
             stream=key,
             rank=rank,
             endpoint=self.position.endpoint,
             translator=_Untranslated(),
-            life=life,
+            view=life,
+            intake=life.counters,
             cursor=cursor,
             worker=worker,
             engine=settings.type,
@@ -245,6 +252,7 @@ class _BusView:
     """A bus has no signs of life of its own: its connection is one."""
 
     expects_life = False
+    proven = True
     life_at_ms = 0
 
     def __init__(self, bus: Bus) -> None:

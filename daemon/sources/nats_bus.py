@@ -112,12 +112,8 @@ class NatsBus:
         raise NotImplementedError
 
     def tick(self) -> None:
-        """Time has passed: leases, and the states that are shown."""
+        """Time has passed."""
         self.outlet.add(self.bus.tick())
-        for one in (*self.bus.workers(), self.bus.position):
-            state = one.note_state()
-            if state is not None:
-                log.debug("stream_state", bus=self.bus.name, stream=one.stream, state=state)
 
     def take(self, message: Msg) -> None:
         """One message: what it comes to goes to the outlet."""

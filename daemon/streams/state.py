@@ -69,6 +69,8 @@ class Stream:
         self._doubted = cursor is not None and cursor.trust == Trust.UNTRUSTED
         self._probe_at_ms = 0
         self._gone_at_ms: int | None = None
+        self.proven = True
+        """While it is live: whatever may have been missed is asked for, or fenced, before that."""
         self.life_at_ms = 0
         """When the publisher last gave a sign of life: a connection, a message or an answer."""
 

@@ -110,8 +110,12 @@ class Following:
         return {int.from_bytes(one.key.block_hash, "big") for one in found if one.worker_id == worker}
 
     def holds(self, numbers: range | set[int], worker: str = "w") -> None:
-        """Wait until the worker holds these blocks and no others."""
-        wait_until(lambda: self.held(worker) == set(numbers), f"{worker} holds {numbers}: {self.bus}")
+        """Wait until the worker holds these blocks and no others, and its stream shows the commit that made it so."""
+
+        def so() -> bool:
+            return self.held(worker) == set(numbers) and self.stream(worker).last_seq >= max(numbers, default=-1)
+
+        wait_until(so, f"{worker} holds {numbers}: {self.bus}")
 
     def lives(self) -> None:
         wait_until(lambda: self.bus.state is StreamState.LIVE, f"the bus is followed: {self.bus}")
