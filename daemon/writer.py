@@ -1,8 +1,8 @@
 """The writer: the one thread that owns the backend.
 
 It takes verdicts from the queue, translates their payloads, and applies what they come to together with the cursors of
-their streams, many messages a transaction. A commit that finds no room is tried again until it succeeds: nothing is
-skipped, and the full queue stops the intake meanwhile.
+their streams, many messages a transaction. A commit that finds no room, or no server, is tried again until it succeeds:
+nothing is skipped, and the full queue stops the intake meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-from kvcensus.backends.errors import BackendFull
+from kvcensus.backends.errors import BackendFull, BackendUnavailable
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ApplyResult, ClearBlocks, Cursor, Operation, RemoveBlocks, StoreRun
 from kvcensus.translators.translation import Rejection, RejectReason, Translation, worker_id_of
@@ -139,6 +139,8 @@ class Writer(threading.Thread):
                 return self._backend.reclaim(rows)
             except BackendFull:
                 rows //= 8
+            except BackendUnavailable:
+                break
         return False
 
     def _make_room(self) -> None:
@@ -168,7 +170,7 @@ class Writer(threading.Thread):
         try:
             if clears:
                 self._backend.apply(clears, cursors)
-        except BackendFull:
+        except (BackendFull, BackendUnavailable):
             pass
         for _ in range(_ROOM_STEPS):
             if not self._reclaim():
@@ -344,26 +346,27 @@ class Writer(threading.Thread):
         self._blocks = 0
 
     def _forget(self, stream: str) -> None:
-        """What finds no room stays, and is dropped at the next start as the cursor of an unconfigured stream."""
+        """What finds no room or no server stays, and goes at the next start as the cursor of an unconfigured stream."""
         try:
             self._backend.forget_stream(stream)
-        except BackendFull as error:
+        except (BackendFull, BackendUnavailable) as error:
             log.warning("stream_not_forgotten", stream=stream, detail=str(error))
 
     def _apply_until_done(self, cursors: list[Cursor]) -> ApplyResult | None:
-        """Apply the batch, waiting for room as long as it takes. None when told to stop meanwhile."""
+        """Apply the batch, waiting for room or for the server as long as it takes. None when told to stop meanwhile."""
         while True:
             try:
                 result = self._backend.apply(self._operations, cursors)
-            except BackendFull as error:
+            except (BackendFull, BackendUnavailable) as error:
                 self.counters.commit_errors += 1
                 if not self.full:
                     self.full_since_ms = now_ms()
-                    log.error("backend_full", backend=self._backend.name(), detail=str(error))
+                    log.error(f"backend_{error.problem}", backend=self._backend.name(), detail=str(error))
                 self.full = str(error)
                 if self._abandon:
                     return None
-                self._make_room()
+                if isinstance(error, BackendFull):
+                    self._make_room()
                 time.sleep(_RETRY_FULL_S)
                 continue
             if self.full:

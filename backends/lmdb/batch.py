@@ -45,10 +45,17 @@ _TAIL = Struct(">IQQB")
 class Batch:
     """The operations of one transaction. `finish` writes what they came to; the caller commits."""
 
-    def __init__(self, txn: lmdb.Transaction[bytes], tables: Tables, catalog: WriterCatalog) -> None:
+    def __init__(
+        self,
+        txn: lmdb.Transaction[bytes],
+        tables: Tables,
+        catalog: WriterCatalog,
+        overlay: Overlay | None = None,
+    ) -> None:
+        """`overlay` keeps the rows of a store that is not LMDB."""
         self._txn = txn
         self._catalog = catalog
-        self._overlay = Overlay(txn, tables.blocks)
+        self._overlay = overlay or Overlay(txn, tables.blocks)
         self.result = ApplyResult()
         self.bytes_written = 0
 
@@ -342,6 +349,14 @@ class Batch:
         )
         self._replace(block.block_hash, lambda other: other[:2] != entry[:2], [entry])
 
+    def put_all(self, residencies: Sequence[CacheResidency]) -> None:
+        """Insert or replace records, looked up together."""
+        hashes = {residency.key.block_hash for residency in residencies}
+        parents = {residency.key.prefix_hash for residency in residencies}
+        self._overlay.fetch(row_key(one) for one in hashes | parents if one)
+        for residency in residencies:
+            self.put(residency)
+
     def remove_scoped(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
         """Remove a worker's records of a block in one scope, whatever their copies. Returns how many."""
         number = self._catalog.scopes.number(self._txn, scope)
@@ -354,6 +369,12 @@ class Batch:
         if row is not None:
             child, old = unpack_row(row)
             self._write_entries(key, block_hash, child, old, self._live_entries(key))
+
+    def purge_all(self, keys: Sequence[bytes]) -> None:
+        """`purge` for many rows, fetched together. Called once, before anything else."""
+        self._overlay.fetch(keys)
+        for key in keys:
+            self.purge(key, key[1:-1])
 
     def _replace(self, block_hash: bytes, keep: Callable[[Entry], bool], new: list[Entry]) -> int:
         key = row_key(block_hash)

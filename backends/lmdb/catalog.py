@@ -6,6 +6,7 @@ catalog is loaded again. `PlaceCache` and `ScopeNames` serve readers, of any thr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -91,7 +92,12 @@ def _digest(scope: IdentityScope) -> bytes:
 
 def read_places(txn: lmdb.Transaction[bytes], tables: Tables) -> dict[int, PlaceRow]:
     """Every live place."""
-    return {PLACE.unpack(key)[0]: _decode_place(value) for key, value in txn.cursor(tables.places)}
+    return decode_places(txn.cursor(tables.places))
+
+
+def decode_places(stored: Iterable[tuple[bytes, bytes]]) -> dict[int, PlaceRow]:
+    """Places by number, from the rows of their table."""
+    return {PLACE.unpack(key)[0]: _decode_place(value) for key, value in stored}
 
 
 class LivePlaces(NamedTuple):
@@ -115,10 +121,14 @@ class PlaceCache:
         version = number_of(txn, self._tables.meta, _VERSION_KEY)
         cached = self._cached
         if cached.version != version:
-            rows = read_places(txn, self._tables)
-            specs = _specs(rows)
-            cached = self._cached = LivePlaces(version, rows, specs, patience(specs))
+            cached = self._cached = live_places(version, read_places(txn, self._tables))
         return cached
+
+
+def live_places(version: int, rows: dict[int, PlaceRow]) -> LivePlaces:
+    """The live places of a version of them, with what follows from them."""
+    specs = _specs(rows)
+    return LivePlaces(version, rows, specs, patience(specs))
 
 
 def _specs(places: dict[int, PlaceRow]) -> dict[tuple[str, int], GroupSpec]:
