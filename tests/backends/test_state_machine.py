@@ -31,7 +31,7 @@ from kvcensus.backends.registry import open_backend, why_unusable
 
 from .oracle import Oracle
 
-PERSISTENT = [name for name in ("lmdb", "filesystem") if not why_unusable(name)]
+PERSISTENT = [name for name in ("lmdb", "filesystem", "rocksdb") if not why_unusable(name)]
 
 HASHES = (
     b"\x00" * 8,

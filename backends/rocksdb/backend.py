@@ -1,0 +1,213 @@
+"""The RocksDB backend: one write batch a call, made by one thread; reads are left to `Reader`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from rocksdict import WriteBatch
+
+from ..errors import BackendCorrupt, BackendFormat
+from ..interface import IndexBackend
+from ..model import (
+    ApplyResult,
+    CacheResidency,
+    ClearBlocks,
+    Cursor,
+    Holding,
+    IdentityScope,
+    IndexMetrics,
+    KvBlockKey,
+    Operation,
+    StoreHealth,
+    WorkerMatch,
+)
+from ..ownership import Owner
+from .batch import Batch
+from .catalog import WriterCatalog, cursor_key
+from .reader import Reader
+from .rows import BLOCKS, META_KEY, NUMBER, SCHEMA, place_of
+from .store import Durability, Memory, Store
+
+T = TypeVar("T")
+
+DATABASE = "rocksdb"
+"""The folder of the database in the data directory."""
+
+_SCHEMA_KEY = META_KEY + b"schema"
+_encode = msgspec.msgpack.encode
+
+
+class RocksdbBackend(IndexBackend):
+    """An index in `directory`, which this process owns until `close`."""
+
+    def __init__(
+        self, directory: Path, *, durability: Durability = Durability.PROCESS, memory: Memory | None = None
+    ) -> None:
+        """Open or create. Raises BackendBusy, BackendFormat, BackendCorrupt or BackendError."""
+        self._path = directory / DATABASE
+        self._owner = Owner(directory)
+        try:
+            self._store = Store(self._path, durability, memory or Memory())
+            try:
+                self._check_schema()
+                self._catalog = WriterCatalog(self._store)
+            except BaseException:
+                self._store.close()
+                raise
+        except BaseException:
+            self._owner.release()
+            raise
+        self._reader = Reader(self._store)
+        self._totals = self._catalog.totals()
+        self._puts = self._removes = 0
+        self._sweep_at = BLOCKS[0]
+        self._sweeping: frozenset[int] = frozenset()
+
+    def _check_schema(self) -> None:
+        stored = self._store.get(_SCHEMA_KEY)
+        if stored is None:
+            with self._store.asking() as question:
+                if question.keys(b"", b"\xff\xff", 1):
+                    raise BackendFormat(f"{self._path} is a RocksDB database, but not an index of kvcensus")
+            batch = WriteBatch(raw_mode=True)
+            batch.put(_SCHEMA_KEY, NUMBER.pack(SCHEMA))
+            self._store.write(batch, lambda: None)
+        elif stored != NUMBER.pack(SCHEMA):
+            schema = int.from_bytes(stored, "big")
+            raise BackendFormat(f"{self._path} has schema {schema}, this version knows {SCHEMA}; it was left as it is")
+
+    def name(self) -> str:
+        return "rocksdb"
+
+    def persistent(self) -> bool:
+        return True
+
+    def _write(self, change: Callable[[Batch], T], more: Callable[[WriteBatch], None] | None = None) -> T:
+        """Make one change with one batch. On an error nothing of it is kept, here or in the database."""
+        batch = Batch(self._store, self._catalog)
+        try:
+            outcome = change(batch)
+            writes = batch.finish()
+            if more is not None:
+                more(writes)
+            self._store.write(writes, self._written)
+        except BaseException:
+            self._reload()
+            raise
+        result = batch.result
+        self._puts += result.stored + result.copies_added + result.refreshed
+        self._removes += result.copies_removed
+        return outcome
+
+    def _written(self) -> None:
+        self._catalog.written()
+        self._totals = self._catalog.totals()
+
+    def _reload(self) -> None:
+        self._catalog = WriterCatalog(self._store)
+        self._totals = self._catalog.totals()
+
+    def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
+        def change(batch: Batch) -> ApplyResult:
+            batch.run(operations)
+            return batch.result
+
+        def place(writes: WriteBatch) -> None:
+            for cursor in cursors:
+                writes.put(cursor_key(cursor.stream), _encode(cursor))
+
+        return self._write(change, place)
+
+    def forget_stream(self, stream: str) -> None:
+        self._write(lambda batch: None, lambda writes: writes.delete(cursor_key(stream)))
+
+    def put(self, residency: CacheResidency) -> None:
+        self._write(lambda batch: batch.put(residency))
+        self._puts += 1
+
+    def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
+        removed = self._write(lambda batch: batch.remove_scoped(scope, worker_id, block_hash))
+        self._removes += removed
+        return removed
+
+    def clear_worker(self, worker_id: str) -> int:
+        return self.apply([ClearBlocks(worker_id)]).cleared
+
+    def clear(self) -> None:
+        self._write(lambda batch: batch.clear_everything())
+        self._sweep_at = BLOCKS[0]
+
+    def reclaim(self, rows: int) -> bool:
+        """Look at the next `rows` keys for those of places that were dead when the pass began."""
+        if not self._catalog.dead:
+            return False
+        if self._sweep_at == BLOCKS[0]:
+            self._sweeping = frozenset(self._catalog.dead)
+        with self._store.asking() as question:
+            keys = question.keys(self._sweep_at, BLOCKS[1], rows)
+        gone = [key for key in keys if place_of(key) in self._sweeping]
+
+        def change(batch: Batch) -> None:
+            batch.sweep(gone)
+            if not keys:
+                self._catalog.swept(self._sweeping)
+
+        self._write(change)
+        self._sweep_at = keys[-1] + b"\x00" if keys else BLOCKS[0]
+        return bool(self._catalog.dead)
+
+    def cursors(self) -> dict[str, Cursor]:
+        return self._reader.cursors()
+
+    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
+        return [one for one in self.find(key.block_hash, key.scope) if one.key.group == key.group]
+
+    def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
+        return self._reader.find(block_hash, scope)
+
+    def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
+        return self._reader.prefix_scan(scope, prefix_hash)
+
+    def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
+        return self._reader.match(scope, block_hashes)
+
+    def holdings(self) -> list[Holding]:
+        return self._reader.holdings()
+
+    def snapshot(self) -> Iterator[CacheResidency]:
+        return self._reader.snapshot()
+
+    def __len__(self) -> int:
+        return self._totals[0]
+
+    def metrics(self) -> IndexMetrics:
+        records, size = self._totals
+        written = self._store.bytes_written
+        return IndexMetrics(records, size, self._puts, self._removes, self._reader.prefix_scans, written)
+
+    def stored_bytes(self) -> int:
+        return self._store.file_bytes()
+
+    def health(self) -> StoreHealth:
+        return StoreHealth(
+            live_bytes=self._store.number("estimate-live-data-size"), readers=self._store.number("num-snapshots")
+        )
+
+    def damage(self) -> BackendCorrupt | None:
+        return self._store.damage
+
+    def close(self) -> None:
+        try:
+            self._store.close()
+        finally:
+            self._owner.release()
+
+
+def open_rocksdb(directory: Path, options: Mapping[str, Any]) -> RocksdbBackend:
+    """For the registry. `options` are `durability` and the fields of Memory. Raises BackendError."""
+    chosen = dict(options)
+    durability = Durability(chosen.pop("durability", Durability.PROCESS))
+    return RocksdbBackend(directory, durability=durability, memory=Memory(**chosen))

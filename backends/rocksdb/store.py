@@ -1,0 +1,332 @@
+"""RocksDB with what the index needs of it: one batch a call, questions that see one moment, and errors with names.
+
+`rocksdict` raises a plain Exception with RocksDB's text for all that goes wrong. An iterator or a snapshot keeps the
+database open, and its lock held, after `close`: so every one of them is known here and ends before the database does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from pathlib import Path
+from struct import error as StructError  # noqa: N812 - an exception, named like one
+from typing import Any, NamedTuple, cast
+from weakref import WeakSet
+
+import msgspec
+from rocksdict import (
+    BlockBasedOptions,
+    Cache,
+    Checkpoint,
+    DBCompressionType,
+    DBRecoveryMode,
+    Options,
+    Rdict,
+    RdictIter,
+    ReadOptions,
+    SliceTransform,
+    WriteBatch,
+)
+
+from ..entries import LivePlaces, live_places
+from ..errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat, BackendFull
+from .rows import PREFIX_SIZE
+
+UNDECODABLE = (StructError, IndexError, KeyError, UnicodeDecodeError, msgspec.DecodeError)
+"""What decoding raises when the bytes are not what was written."""
+
+_BLOOM_BITS = 10
+"""Bits a key: one look in a hundred for a key that is not there reads a file."""
+_MEMTABLE_FILTER = 0.1
+"""Share of the memory for new records that their filter takes. Without it most of a store is looking for its key."""
+_TOMBSTONES = (1024, 512, 0.5)
+"""Where 512 of 1,024 keys in a row are tombstones, or half of a file, the file is compacted without being asked."""
+_INFO_LOG_BYTES = 4 << 20
+_INFO_LOGS = 2
+_CHUNK = 1024
+"""Rows that a snapshot reads at a time: a close waits no longer than for these."""
+_FULL = ("No space left", "NoSpace", "Space limit reached", "Disk quota exceeded")
+_BUSY = ("lock hold by current process", "While lock file", "Resource temporarily unavailable")
+_UNKNOWN_FORMAT = ("Unknown Footer version", "unsupported format", "Unsupported compression", "Could not load options")
+
+
+class Durability(StrEnum):
+    """What a commit survives. `process`: the end of the process. `machine`: a crash of the machine too."""
+
+    PROCESS = "process"
+    MACHINE = "machine"
+
+
+class Memory(NamedTuple):
+    """What RocksDB may use, in bytes and threads. `rocksdb` of the configuration says why so much."""
+
+    write_buffer_bytes: int = 64 << 20
+    block_cache_bytes: int = 128 << 20
+    background_jobs: int = 2
+
+
+class Question:
+    """The index as of one moment. `near` finds keys by a whole prefix, `far` walks in order."""
+
+    def __init__(self, near: RdictIter, far: RdictIter, live: LivePlaces) -> None:
+        self.live = live
+        self._near: RdictIter | None = near
+        self._far: RdictIter | None = far
+
+    def release(self) -> None:
+        """Give the database free."""
+        self._near = self._far = None
+
+    def under(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
+        """Every key that begins with `prefix`, and its value."""
+        iterator = self._near if len(prefix) >= PREFIX_SIZE and prefix[0] >= PREFIX_SIZE - 1 else self._far
+        try:
+            assert iterator is not None
+            iterator.seek(prefix)
+            found: list[tuple[bytes, bytes]] = []
+            while iterator.valid():
+                key = iterator.key()
+                if not key.startswith(prefix):
+                    return found
+                found.append((key, iterator.value()))
+                iterator.next()
+            iterator.status()
+            return found
+        finally:
+            del iterator
+
+    def keys(self, start: bytes, end: bytes, limit: int) -> list[bytes]:
+        """The first keys from `start` to before `end`."""
+        iterator = self._far
+        try:
+            assert iterator is not None
+            iterator.seek(start)
+            found: list[bytes] = []
+            while len(found) < limit and iterator.valid() and (key := iterator.key()) < end:
+                found.append(key)
+                iterator.next()
+            iterator.status()
+            return found
+        finally:
+            del iterator
+
+
+class Pinned:
+    """The index as of one moment, read over a longer time, until `release`.
+
+    It is an iterator that stays open: what a `rocksdict.Snapshot` gives to iterate over is not of its moment.
+    """
+
+    def __init__(self, iterator: RdictIter, live: LivePlaces) -> None:
+        self.live = live
+        self.iterator: RdictIter | None = iterator
+
+    def release(self) -> None:
+        """Give the database free."""
+        self.iterator = None
+
+
+class Store:
+    """An open database. One thread writes, any thread asks."""
+
+    def __init__(self, path: Path, durability: Durability, memory: Memory) -> None:
+        """Open or create. Raises the errors of `backends.errors`."""
+        self._path = path
+        self._moment = threading.Condition()
+        self._asking = 0
+        self._pinned: WeakSet[Pinned] = WeakSet()
+        self.damage: BackendCorrupt | None = None
+        self.bytes_written = 0
+        self.live = live_places(0, {})
+        """The places that go with what is stored: changed in the `then` of a write."""
+        self._sync = durability is Durability.MACHINE
+        self._near, self._far = ReadOptions(), ReadOptions()
+        self._near.set_prefix_same_as_start(True)
+        self._far.set_total_order_seek(True)
+        self._db: Rdict | None = None
+        options = _options(memory)
+        with self._named():
+            # Without the second mention the options of the last time are used, and a cache of 8 MiB.
+            self._db = Rdict(str(path), options, {"default": options})
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What RocksDB says, and bytes that cannot be decoded, as errors of `backends.errors`.
+
+        The cause loses its traceback: its frames would keep iterators, and so the lock, for as long as it is kept.
+        """
+        try:
+            yield
+        except UNDECODABLE as error:
+            self.damage = self._corrupt(repr(error))
+            raise self.damage from error.with_traceback(None)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            named = self._name(str(error))
+            if isinstance(named, BackendCorrupt):
+                self.damage = named
+            raise named from error.with_traceback(None)
+
+    def _name(self, text: str) -> BackendError:
+        if any(words in text for words in _FULL):
+            return BackendFull(f"{self._path}: the disk is full ({text})")
+        if any(words in text for words in _BUSY):
+            return BackendBusy(f"{self._path} is in use ({text})")
+        if any(words in text for words in _UNKNOWN_FORMAT):
+            return BackendFormat(f"{self._path} was written by another version of RocksDB ({text})")
+        if "Corruption" in text:
+            return self._corrupt(text)
+        return BackendError(f"{self._path}: {text}")
+
+    def _corrupt(self, detail: str) -> BackendCorrupt:
+        return BackendCorrupt(
+            f"{self._path} is damaged ({detail}); it is not served. "
+            f"To rebuild it from the engines: mv {self._path} {self._path}.corrupt"
+        )
+
+    def _opened(self) -> Rdict:
+        if self._db is None:
+            raise BackendError(f"{self._path} is closed")
+        return self._db
+
+    def get(self, key: bytes) -> bytes | None:
+        """One value, None when there is none."""
+        with self._named():
+            value: bytes | None = self._opened().get(key)
+            return value
+
+    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
+        """The values of keys, in their order."""
+        with self._named():
+            return cast("list[bytes | None]", self._opened().get(cast("Any", keys)))
+
+    @contextmanager
+    def asking(self) -> Iterator[Question]:
+        """A look at the index as it is between two calls that write."""
+        with self._moment, self._named():
+            db = self._opened()
+            question = Question(db.iter(self._near), db.iter(self._far), self.live)
+            self._asking += 1
+        try:
+            with self._named():
+                yield question
+        finally:
+            question.release()
+            with self._moment:
+                self._asking -= 1
+                self._moment.notify_all()
+
+    def pin(self) -> Pinned:
+        """The index as it is now, for as long as it takes to read."""
+        with self._moment, self._named():
+            pinned = Pinned(self._opened().iter(self._far), self.live)
+            self._pinned.add(pinned)
+            return pinned
+
+    def walk(self, pinned: Pinned, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """The keys and values of a pinned index from `start` to before `end`, read some at a time."""
+        seek: bytes | None = start
+        while chunk := self._chunk(pinned, seek, end):
+            yield from chunk
+            seek = None
+
+    def _chunk(self, pinned: Pinned, seek: bytes | None, end: bytes) -> list[tuple[bytes, bytes]]:
+        """The next rows, from where the last ones ended when there is nothing to `seek`."""
+        with self._moment:
+            iterator = pinned.iterator
+            if iterator is None:
+                raise BackendError(f"{self._path} was closed while a snapshot of it was read")
+            self._asking += 1
+        try:
+            with self._named():
+                if seek is not None:
+                    iterator.seek(seek)
+                chunk: list[tuple[bytes, bytes]] = []
+                while len(chunk) < _CHUNK and iterator.valid() and (key := iterator.key()) < end:
+                    chunk.append((key, iterator.value()))
+                    iterator.next()
+                iterator.status()
+            return chunk
+        finally:
+            del iterator
+            with self._moment:
+                self._asking -= 1
+                self._moment.notify_all()
+
+    def write(self, batch: WriteBatch, then: Callable[[], None]) -> None:
+        """Write a batch, all or nothing. A question sees it together with the `live` that `then` sets.
+
+        Raises BackendFull when nothing of it was written. A failed sync is a BackendError: whether the batch outlives
+        the machine is not known, and the cursors in it will tell.
+        """
+        size = batch.size_in_bytes()
+        with self._moment, self._named():
+            if not batch.is_empty():
+                self._opened().write(batch)
+                self.bytes_written += size
+            then()
+        if self._sync:
+            try:
+                with self._named():
+                    self._opened().flush_wal(sync=True)
+            except BackendFull as error:
+                raise BackendError(f"the last batch cannot be synced: {error}") from error
+
+    def checkpoint(self, path: Path) -> None:
+        """A copy of the index as it is now at `path`, which must not exist; its large files are hard links."""
+        with self._named():
+            Checkpoint(self._opened()).create_checkpoint(str(path))
+
+    def compact(self) -> None:
+        """Rewrite everything without what was deleted or replaced."""
+        with self._named():
+            self._opened().compact_range(None, None)
+
+    def number(self, name: str) -> int:
+        """A figure that RocksDB keeps, 0 when it has none of that name."""
+        with self._named():
+            return self._opened().property_int_value(f"rocksdb.{name}") or 0
+
+    def file_bytes(self) -> int:
+        """Bytes that the files occupy on disk."""
+        total = 0
+        for path in self._path.iterdir():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_blocks * 512
+        return total
+
+    def close(self) -> None:
+        """End every snapshot, wait for the questions that are being answered, and close."""
+        with self._moment:
+            db, self._db = self._db, None
+            if db is None:
+                return
+            for pinned in list(self._pinned):
+                pinned.release()
+            self._moment.wait_for(lambda: not self._asking)
+        with self._named():
+            db.flush_wal(sync=True)
+            db.close()
+
+
+def _options(memory: Memory) -> Options:
+    tables = BlockBasedOptions()
+    tables.set_bloom_filter(_BLOOM_BITS, False)
+    tables.set_block_cache(Cache(memory.block_cache_bytes))
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_block_based_table_factory(tables)
+    options.set_prefix_extractor(SliceTransform.create_fixed_prefix(PREFIX_SIZE))
+    options.set_memtable_prefix_bloom_ratio(_MEMTABLE_FILTER)
+    options.set_memtable_whole_key_filtering(True)
+    options.set_write_buffer_size(memory.write_buffer_bytes)
+    options.set_max_background_jobs(memory.background_jobs)
+    options.set_compression_type(DBCompressionType.lz4())
+    options.add_compact_on_deletion_collector_factory(*_TOMBSTONES)
+    options.set_wal_recovery_mode(DBRecoveryMode.point_in_time())
+    options.set_max_log_file_size(_INFO_LOG_BYTES)
+    options.set_keep_log_file_num(_INFO_LOGS)
+    return options
