@@ -110,12 +110,12 @@ class Following:
         return {int.from_bytes(one.key.block_hash, "big") for one in found if one.worker_id == worker}
 
     def holds(self, numbers: range | set[int], worker: str = "w") -> None:
-        """Wait until the worker holds these blocks and no others, and its stream shows the commit that made it so."""
+        """Wait until the worker holds these blocks and no others."""
+        wait_until(lambda: self.held(worker) == set(numbers), f"{worker} holds {numbers}: {self.bus}")
 
-        def so() -> bool:
-            return self.held(worker) == set(numbers) and self.stream(worker).last_seq >= max(numbers, default=-1)
-
-        wait_until(so, f"{worker} holds {numbers}: {self.bus}")
+    def is_believed(self, trust: Trust, worker: str = "w") -> None:
+        """Wait until the worker is trusted so far: its stream shows a commit soon after the index does."""
+        wait_until(lambda: self.trust(worker) is trust, f"{worker} is {trust}: {self.bus}")
 
     def lives(self) -> None:
         wait_until(lambda: self.bus.state is StreamState.LIVE, f"the bus is followed: {self.bus}")

@@ -36,7 +36,7 @@ def test_workers_are_found_by_what_they_send(server: NatsServer, tmp_path: Path)
             Relay(talk, worker).send(*range(5))
         one.holds(range(5), "a")
         one.holds(range(5), "b")
-        assert one.trust("a") is Trust.FRESH
+        one.is_believed(Trust.FRESH, "a")
         assert one.bus.workers == 2
         assert one.service.readiness().ready
 
@@ -51,9 +51,9 @@ def test_a_missing_message_fences_its_worker_alone(current: NatsServer, tmp_path
         b.send(2)
         one.holds({4}, "a")
         one.holds(range(3), "b")
-        assert one.trust("a") is Trust.UNTRUSTED
+        one.is_believed(Trust.UNTRUSTED, "a")
         assert "1 messages were lost before number 4" in one.stream("a").reason
-        assert one.trust("b") is Trust.FRESH
+        one.is_believed(Trust.FRESH, "b")
 
 
 def test_a_lost_connection_is_doubt_until_the_next_number_or_sign_of_life(server: NatsServer, tmp_path: Path) -> None:
@@ -67,13 +67,13 @@ def test_a_lost_connection_is_doubt_until_the_next_number_or_sign_of_life(server
             server.kill()
             wait_until(lambda: one.bus.state is StreamState.DISCONNECTED, "the loss is noticed")
             one.says(f"nothing listens at {server.url}")
-            assert one.trust("a") is Trust.STALE
+            one.is_believed(Trust.STALE, "a")
             problems = one.service.readiness().problems
             assert problems == [f"bus bus: nothing listens at {server.url}"]
             server.start()
             one.lives()
             assert one.bus.problem == ""
-            assert one.trust("a") is Trust.STALE
+            one.is_believed(Trust.STALE, "a")
             a.send(2)
             b.beat(1)
             wait_until(lambda: one.trust("a") is Trust.FRESH, "the next number proves it")
@@ -93,7 +93,7 @@ def test_what_was_sent_while_the_connection_was_down_is_a_gap(current: NatsServe
             one.lives()
             relay.send(5)
             one.holds({5})
-            assert one.trust() is Trust.UNTRUSTED
+            one.is_believed(Trust.UNTRUSTED)
 
 
 def test_a_relay_that_has_lost_its_engine_says_so(current: NatsServer, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_slow_writer_makes_messages_wait_and_then_drop_which_is_counted_and_fe
             return max(one.held(), default=0) >= 3000
 
         wait_until(is_through, "the buffers are empty and messages come through")
-        assert one.trust() is Trust.UNTRUSTED
+        one.is_believed(Trust.UNTRUSTED)
         assert len(one.held()) < 3000
 
 

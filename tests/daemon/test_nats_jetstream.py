@@ -55,7 +55,7 @@ def test_what_was_sent_before_the_first_start_and_what_comes_later(server: NatsS
             one.holds(range(100))
             keeps_up(one, 100)
             wait_until(lambda: one.bus.pending == 0, "nothing is left to read")
-            assert one.trust() is Trust.FRESH
+            one.is_believed(Trust.FRESH)
 
 
 def test_a_restart_goes_on_from_the_position_in_the_index(server: NatsServer, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_other_subjects_of_the_stream_are_passed_over(current: NatsServer, tmp_p
             keeps_up(one, 10)
             talk.store("other.thing", b"rubbish")
             keeps_up(one, 11)
-            assert one.trust() is Trust.FRESH
+            one.is_believed(Trust.FRESH)
 
 
 def test_signs_of_life_come_over_core_nats(current: NatsServer, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_full_queue_asks_for_nothing_and_loses_nothing(
             wait_until(lambda: one.bus.pending > 300, "what is left to read is known")
             may_write.set()
             one.holds(range(800))
-            assert one.trust() is Trust.FRESH
+            one.is_believed(Trust.FRESH)
 
 
 # What goes wrong while it is followed
@@ -156,12 +156,12 @@ def test_a_killed_server_loses_nothing(server: NatsServer, tmp_path: Path) -> No
         one.holds(range(10))
         server.kill()
         wait_until(lambda: one.bus.state is StreamState.DISCONNECTED, "the loss is noticed")
-        assert one.trust() is Trust.STALE
+        one.is_believed(Trust.STALE)
         server.start()
         relay.send(*range(10, 20))
         one.holds(range(20))
         one.lives()
-        assert one.trust() is Trust.FRESH
+        one.is_believed(Trust.FRESH)
         assert one.stream().epoch == 1
 
 
@@ -179,7 +179,7 @@ def test_a_consumer_that_is_gone_is_made_again(current: NatsServer, tmp_path: Pa
                     talk.do(talk.jetstream.delete_consumer(STREAM, consumer.name))
                 relay.send(*range(10 * number, 10 * number + 10))
                 one.holds(range(10 * number + 10))
-            assert one.trust() is Trust.FRESH
+            one.is_believed(Trust.FRESH)
         assert talk.do(talk.jetstream.consumers_info(STREAM)) == []
 
 
@@ -276,7 +276,7 @@ def test_what_was_read_may_go(current: NatsServer, tmp_path: Path) -> None:
             talk.purge_stream(STREAM)
             relay.send(10)
             one.holds(range(11))
-            assert one.trust() is Trust.FRESH
+            one.is_believed(Trust.FRESH)
         talk.purge_stream(STREAM)
         with following(tmp_path, current.url, stream=STREAM) as again:
             again.lives()
@@ -317,7 +317,7 @@ def test_a_purge_while_the_writer_waits_is_noticed_without_a_message_after_it(
             talk.purge_stream(STREAM)
             may_write.set()
             keeps_up(one, 1000)
-            assert one.trust() is Trust.UNTRUSTED
+            one.is_believed(Trust.UNTRUSTED)
             assert "of stream KV were gone before they were read" in one.stream().reason
 
 
@@ -420,7 +420,7 @@ def test_a_cluster_survives_its_leaders(tmp_path: Path) -> None:
             wait_until(lambda: stored(relay, 20), "another leader takes messages", 60)
             one.holds(range(21))
             one.lives()
-            assert one.trust() is Trust.FRESH
+            one.is_believed(Trust.FRESH)
             assert one.stream().epoch == 1
 
 
