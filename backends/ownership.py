@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from .errors import BackendBusy, BackendError
 UNSYNCED = "process"
 """The durability of a backend that does not sync what it commits, by the name that every backend gives it."""
 
+_WAIT_STEP_S = 0.02
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -29,21 +31,32 @@ class _Boot(msgspec.Struct):
 class Owner:
     """The right to write a data directory, held until `release`."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises BackendBusy when another process holds it, BackendError when the directory cannot be used."""
+    def __init__(self, directory: Path, wait_s: float = 0) -> None:
+        """Raises BackendBusy when another process holds it, after `wait_s` seconds at the least.
+
+        Raises BackendError when the directory cannot be used.
+        """
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file = os.open(directory / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise BackendError(f"data directory {directory}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._file)
-            raise BackendBusy(f"data directory {directory} is in use by process {owner}") from error
+        deadline = time.monotonic() + wait_s
+        while not self._locked():
+            if time.monotonic() >= deadline:
+                owner = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "unknown"
+                os.close(self._file)
+                raise BackendBusy(f"data directory {directory} is in use by process {owner}")
+            time.sleep(_WAIT_STEP_S)
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    def _locked(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
     def release(self) -> None:
         """Give the directory up."""
@@ -75,6 +88,15 @@ def note_writer(directory: Path, durability: str, clean: bool) -> None:
         os.fsync(file.fileno())
     draft.replace(path)
     sync_directory(directory)
+
+
+def sync_file(path: Path) -> None:
+    """Make what a file says durable."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def sync_directory(directory: Path) -> None:

@@ -35,6 +35,8 @@ MIB = 1 << 20
 SEGMENT_BYTES = 64 * MIB
 SNAPSHOT_AFTER_BYTES = 64 * MIB
 _FOLDER = "journal"
+_OWNER_WAIT_S = 2
+"""A process killed while it starts the one that makes a snapshot leaves its lock there, until that has begun."""
 
 
 class Durability(StrEnum):
@@ -76,7 +78,7 @@ class FilesystemBackend(IndexBackend):
         """Why the last snapshot was not made. The journal grows until one is."""
         self.moved_aside: Path | None = None
         self.moved_for = ""
-        self._owner = Owner(directory)
+        self._owner = Owner(directory, _OWNER_WAIT_S)
         try:
             with _named_errors(self._directory):
                 self._directory.mkdir(mode=0o700, exist_ok=True)

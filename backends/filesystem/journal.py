@@ -2,7 +2,7 @@
 
 journal-N.kvj     records N and following, up to the next segment
 snapshot-N.kvs    the index after records 0 to N - 1: segments before N are not needed any more
-snapshot-N.tmp    a snapshot being written
+snapshot-N.P.tmp  one that process P is writing
 boot.json         how the last writer ran
 """
 
@@ -277,7 +277,7 @@ def write_snapshot(
     Raises OSError, and whatever `between`, which is called between records.
     """
     path = snapshot_path(directory, sequence)
-    draft = path.with_suffix(".tmp")
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
     size = 0
     try:
         with open(draft, "wb", _WRITE_BYTES, opener=_private) as file:

@@ -124,7 +124,8 @@ class CrashTest:
     def check(self) -> None:
         """Open the index: it is that of one moment, and no earlier one than was promised."""
         returned = self.directory / _RETURNED
-        promised = int.from_bytes(returned.read_bytes(), "big") if returned.exists() else -1
+        said = returned.read_bytes() if returned.exists() else b""
+        promised = int.from_bytes(said, "big") if said else -1
         backend = open_backend(self.name, self.directory / "index", self.options)
         try:
             found = position(backend)
