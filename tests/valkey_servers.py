@@ -5,17 +5,22 @@ Every server listens on loopback and keeps its files in a directory of the test.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvcensus.backends.registry import why_unusable
 from tests.nats_servers import free_port
 
 _START_S = 20.0
@@ -28,9 +33,7 @@ needs_server = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 class ValkeyServer:
     """One server process. Its port and its files outlive a restart."""
 
-    def __init__(
-        self, directory: Path, settings: Mapping[str, str] | None = None, arguments: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, str] | None = None) -> None:
         self.directory = directory
         self.port = free_port()
         self.settings = {"port": str(self.port), "save": "", **(settings or {})}
@@ -107,3 +110,48 @@ def running_server(directory: Path, settings: Mapping[str, str] | None = None) -
         yield server
     finally:
         server.kill()
+
+
+@contextmanager
+def running_cluster(directory: Path) -> Iterator[list[ValkeyServer]]:
+    """Three masters without replicas, each with a third of the slots."""
+    assert CLI is not None
+    settings = {"cluster-enabled": "yes", "cluster-node-timeout": "2000", "appendonly": "yes"}
+    nodes: list[ValkeyServer] = []
+    try:
+        for number in range(3):
+            node = directory / f"node{number}"
+            nodes.append(ValkeyServer(node, {**settings, "cluster-port": str(free_port())}))
+        command = [CLI, "--cluster", "create", *(node.address for node in nodes), "--cluster-yes"]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        deadline = time.monotonic() + _START_S
+        while not all("cluster_state:ok" in node.cli("cluster", "info") for node in nodes):
+            assert time.monotonic() < deadline, "the cluster does not come together"
+            time.sleep(0.05)
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+@cache
+def shared_server() -> ValkeyServer:
+    """One server for whatever needs no other one, until the process ends. Who takes it empties it first."""
+    directory = Path(tempfile.mkdtemp(prefix="valkey-"))
+    server = ValkeyServer(directory)
+    atexit.register(shutil.rmtree, directory)
+    atexit.register(server.kill)
+    return server
+
+
+def with_server(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a backend, with an empty server if it is one that needs a server."""
+    if name != "valkey":
+        return dict(options)
+    shared_server().cli("FLUSHALL")
+    return {**options, "servers": [shared_server().address]}
+
+
+def why_untested(name: str) -> str:
+    """What is missing for tests of a backend, in one sentence; "" for nothing."""
+    return why_unusable(name) or (MISSING if name == "valkey" else "")

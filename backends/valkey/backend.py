@@ -52,6 +52,7 @@ class _Attempt(NamedTuple):
     call: object
     outcome: Any
     result: ApplyResult
+    totals: tuple[int, int]
 
 
 class ValkeyBackend(IndexBackend):
@@ -145,8 +146,7 @@ class ValkeyBackend(IndexBackend):
                     return self._attempt(call, change, commits)
                 except Committed as known:
                     done = self._uncertain[known.attempt]
-                    self._settle(self._position.commit + 1)
-                    self._count(done.result)
+                    self._settle(done)
                     if done.call == call:
                         return cast("T", done.outcome)
                 except (Moved, Overtaken, Uncertain, Disconnected) as error:
@@ -170,7 +170,7 @@ class ValkeyBackend(IndexBackend):
             for frozen in self._snapshots:
                 for key in overlay.changed:
                     frozen.keep(key, overlay.before(key))
-            self._commit(txn, _Attempt(call, outcome, batch.result))
+            self._commit(txn, _Attempt(call, outcome, batch.result, self._catalog.totals()))
         except BaseException as error:
             self._catalog = None
             self._disconnect()
@@ -181,9 +181,7 @@ class ValkeyBackend(IndexBackend):
             raise error
         if txn.adds_to("dead"):
             self._sweep.has_dead = True
-        self._settle(position.commit + 1)
-        self._totals = self._catalog.totals()
-        self._count(batch.result)
+        self._settle(self._uncertain[self._attempts])
         self._bytes_written += batch.bytes_written + txn.bytes_written
         return outcome
 
@@ -201,13 +199,13 @@ class ValkeyBackend(IndexBackend):
         if renews:
             self._lease.renewed()
 
-    def _settle(self, commit: int) -> None:
-        self._position = self._position._replace(commit=commit)
+    def _settle(self, done: _Attempt) -> None:
+        """An attempt was carried out, and so no other one at the same commit can be any more."""
+        self._position = self._position._replace(commit=self._position.commit + 1)
         self._uncertain.clear()
-
-    def _count(self, result: ApplyResult) -> None:
-        self._puts += result.stored + result.copies_added + result.refreshed
-        self._removes += result.copies_removed
+        self._totals = done.totals
+        self._puts += done.result.stored + done.result.copies_added + done.result.refreshed
+        self._removes += done.result.copies_removed
 
     def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
         def change(txn: Transaction, batch: Batch) -> ApplyResult:
@@ -302,7 +300,7 @@ class ValkeyBackend(IndexBackend):
             places = self._reader.places()
             self._snapshots.append(frozen)
         try:
-            yield from self._reader.records(places, frozen)
+            yield from self._reader.records(places, frozen, len(self))
         finally:
             with self._lock:
                 self._snapshots.remove(frozen)

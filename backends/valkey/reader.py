@@ -21,8 +21,9 @@ from .server import Server
 _MATCH_FIRST = 64
 """Hashes looked up at first in `match`: most chains end or fit within it. The second time it is all of them."""
 _SCAN_TRIES = 5
-_SNAPSHOT_BUCKETS = 4
-"""Buckets of a snapshot read at a time: some 16 thousand rows of an index of a million."""
+_MOMENT_TRIES = 3
+_SNAPSHOT_ROWS = 16_384
+"""About how many rows of a snapshot are read at a time, in whole buckets: 2 MB."""
 
 _decode_cursor = msgspec.msgpack.Decoder(Cursor).decode
 
@@ -71,15 +72,24 @@ class ValkeyReader:
             self.damage = BackendCorrupt(f"valkey {self._server.address}: the index is damaged ({error!r})")
             raise self.damage from error
 
+    def _at_once(self, commands: Sequence[Command]) -> list[Any]:
+        """Replies of one moment: no commit was in between. A transaction comes last: a full server refuses it."""
+        at: Command = ("HGET", self._keys.meta, b"commit")
+        for _ in range(_MOMENT_TRIES):
+            before, *replies, after = self._server.ask([at, *commands, at])
+            if before == after:
+                return replies
+        return self._server.ask_at_once(commands)
+
     def _ask(self, commands: Sequence[Command]) -> tuple[_Seen, list[Any]]:
         """Replies, and the places of the same moment."""
         head: Command = ("HMGET", self._keys.meta, b"instance", VERSION)
         seen = self._seen
         if seen is not None:
-            state, *replies = self._server.ask([head, *commands])
+            state, *replies = self._at_once([head, *commands])
             if tuple(state) == seen.state:
                 return seen, replies
-        state, stored, *replies = self._server.ask([head, ("HGETALL", self._keys.places), *commands])
+        state, stored, *replies = self._at_once([head, ("HGETALL", self._keys.places), *commands])
         places = live_places(int.from_bytes(state[1] or b"", "big"), decode_places(pairs(stored)))
         same_index = seen is not None and seen.state[0] == state[0]
         scopes = seen.scopes if seen is not None and same_index else ScopeNames(cast("Any", TABLES.scopes))
@@ -192,11 +202,12 @@ class ValkeyReader:
         """The live places."""
         return self._ask(())[0].places.rows
 
-    def records(self, places: dict[int, PlaceRow], frozen: Frozen) -> Iterator[CacheResidency]:
-        """Every record of the moment when `frozen` began to keep what changes, and `places` were read."""
-        for start in range(0, BUCKETS, _SNAPSHOT_BUCKETS):
+    def records(self, places: dict[int, PlaceRow], frozen: Frozen, count: int) -> Iterator[CacheResidency]:
+        """Every record, some `count`, of the moment when `frozen` began to keep what changes and `places` were read."""
+        step = max(1, min(BUCKETS, BUCKETS * _SNAPSHOT_ROWS // max(count, 1)))
+        for start in range(0, BUCKETS, step):
             with self._decoding():
-                buckets = range(start, start + _SNAPSHOT_BUCKETS)
+                buckets = range(start, min(start + step, BUCKETS))
                 seen, replies = self._ask([("HGETALL", self._keys.buckets[bucket]) for bucket in buckets])
                 for bucket, stored in zip(buckets, replies):
                     rows: dict[bytes, bytes | None] = dict(pairs(stored))

@@ -24,14 +24,8 @@ _MOVES = 5
 """How often a question follows a cluster from node to node."""
 _IDLE_CONNECTIONS = 16
 
-_NOT_NOW = (
-    exceptions.ReadOnlyError,
-    exceptions.AskError,
-    exceptions.TryAgainError,
-    exceptions.ClusterDownError,
-    exceptions.MasterDownError,
-)
-_NOT_NOW_CODES = ("NOREPLICAS", "READONLY", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "LOADING", "BUSY", "UNBLOCKED")
+_NOT_NOW = ("ASK ", "BUSY ", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
+"""What a server answers that will take the same commands later, or of which another one does now."""
 
 
 class ValkeyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -143,30 +137,35 @@ class Server:
             raise self._named(refusal, connection) from refusal
         return replies
 
-    def ask(self, commands: Sequence[Command]) -> list[Any]:
+    def ask_at_once(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to one transaction of questions, all of the same moment."""
+        replies: list[Any] = self.ask([("MULTI",), *commands, ("EXEC",)])[-1]
+        refusal = next((reply for reply in replies if isinstance(reply, exceptions.ResponseError)), None)
+        if refusal is not None:
+            raise BackendError(f"valkey {self.address}: {refusal}") from refusal
+        return replies
+
+    def ask(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to questions, asked together on a connection of their own."""
         for _ in range(_MOVES):
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
             fresh = connection is None
             connection = connection or self.connect()
             try:
-                replies: list[Any] = self.exchange(connection, [("MULTI",), *commands, ("EXEC",)])[-1]
+                replies = self.exchange(connection, commands)
             except Moved:
                 continue
             except Disconnected:
                 if fresh:
                     raise
                 continue
-            refusal = next((reply for reply in replies if isinstance(reply, exceptions.ResponseError)), None)
             with self._lock:
                 keep = len(self._idle) < _IDLE_CONNECTIONS
                 if keep:
                     self._idle.append(connection)
             if not keep:
                 connection.disconnect()
-            if refusal is not None:
-                raise self._named(refusal, connection) from refusal
             return replies
         raise BackendUnavailable(f"valkey {self.address}: no node of the cluster owns the index for long")
 
@@ -186,17 +185,19 @@ class Server:
 
     def _named(self, error: exceptions.ResponseError, connection: Connection) -> BackendError:
         text = f"valkey {connection.host}:{connection.port}: {error}"
-        if isinstance(error, exceptions.MovedError):
+        said = str(error)
+        if said.startswith("MOVED "):
+            host, _, port = said.split()[2].rpartition(":")
             self.close()
             with self._lock:
-                self._home = (error.host or connection.host, error.port)
+                self._home = (host or connection.host, int(port))
             return Moved(text)
-        if isinstance(error, _NOT_NOW) or str(error).startswith(_NOT_NOW_CODES):
+        if isinstance(error, exceptions.ReadOnlyError) or said.startswith(_NOT_NOW):
             self._leave()
-            return BackendUnavailable(f"{text} ({type(error).__name__})")
-        if isinstance(error, exceptions.OutOfMemoryError) or str(error).startswith("MISCONF"):
+            return BackendUnavailable(text)
+        if isinstance(error, exceptions.OutOfMemoryError) or said.startswith("MISCONF"):
             return BackendFull(text)
-        if str(error).startswith("WRONGTYPE"):
+        if said.startswith("WRONGTYPE"):
             return BackendCorrupt(f"{text}: somebody else has written keys of the index")
         return BackendError(text)
 

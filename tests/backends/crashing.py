@@ -25,7 +25,7 @@ import msgspec
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ROOT, CacheResidency, CacheTier, ClearBlocks, Cursor, Operation, RemoveBlocks
-from kvcensus.backends.registry import open_backend
+from kvcensus.backends.registry import open_backend, why_unusable
 
 from .building import LORA, SCOPE, blocks, key, residency, store
 
@@ -154,6 +154,7 @@ class CrashTest:
 def main() -> None:
     name, directory, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     directory.mkdir(exist_ok=True)
+    assert not why_unusable(name), "its library is imported before anything may be killed"
     returned = os.open(directory / _RETURNED, os.O_RDWR | os.O_CREAT, 0o600)
     print("opening", flush=True)  # noqa: T201
     backend = open_backend(name, directory / "index", options)

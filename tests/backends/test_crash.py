@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvcensus.backends.registry import why_unusable
+from tests.valkey_servers import why_untested, with_server
 
 from .crashing import CrashTest
 
@@ -17,15 +17,16 @@ PERSISTENT: dict[str, dict[str, Any]] = {
     "lmdb": {},
     "filesystem": {"segment_bytes": 1 << 16, "snapshot_after_bytes": 1 << 18},
     "rocksdb": {"write_buffer_bytes": 1 << 18},
+    "valkey": {},
 }
 """Options with which much happens in a short time, by the name of the backend."""
 
 
 @pytest.mark.parametrize("name", PERSISTENT)
 def test_a_killed_process_leaves_whole_batches_with_their_cursor(name: str, tmp_path: Path) -> None:
-    if problem := why_unusable(name):
+    if problem := why_untested(name):
         pytest.skip(problem)
-    test = CrashTest(name, tmp_path, PERSISTENT[name])
+    test = CrashTest(name, tmp_path, with_server(name, PERSISTENT[name]))
     for number in range(5):
         test.kill(random.Random(number).uniform(0.05, 0.6))
         test.check()

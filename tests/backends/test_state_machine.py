@@ -27,11 +27,12 @@ from kvcensus.backends.model import (
     RemoveBlocks,
     StoreRun,
 )
-from kvcensus.backends.registry import open_backend, why_unusable
+from kvcensus.backends.registry import open_backend
+from tests.valkey_servers import why_untested, with_server
 
 from .oracle import Oracle
 
-PERSISTENT = [name for name in ("lmdb", "filesystem", "rocksdb") if not why_unusable(name)]
+PERSISTENT = [name for name in ("lmdb", "filesystem", "rocksdb", "valkey") if not why_untested(name)]
 
 HASHES = (
     b"\x00" * 8,
@@ -134,7 +135,8 @@ class Backends(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp())
         self.oracle = Oracle()
         self.memory = MemoryBackend()
-        self.persistent = {name: open_backend(name, self.directory / name) for name in PERSISTENT}
+        self.options = {name: with_server(name, {}) for name in PERSISTENT}
+        self.persistent = {name: open_backend(name, self.directory / name, self.options[name]) for name in PERSISTENT}
         self.question = list(HASHES)
 
     @property
@@ -208,7 +210,7 @@ class Backends(RuleBasedStateMachine):
     def reopen(self) -> None:
         for name, backend in self.persistent.items():
             backend.close()
-            self.persistent[name] = open_backend(name, self.directory / name)
+            self.persistent[name] = open_backend(name, self.directory / name, self.options[name])
 
     @invariant()
     def answers_are_the_same(self) -> None:

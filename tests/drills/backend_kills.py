@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.backends.crashing import CrashTest
 from tests.backends.test_crash import PERSISTENT
+from tests.valkey_servers import with_server
 
 UP_S = 0.6
 OPENING_KILLS = 0.15
@@ -32,7 +33,9 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, help="JSON, instead of those of tests/backends/test_crash.py")
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
-    options = PERSISTENT.get(arguments.backend, {}) if arguments.options is None else arguments.options
+    options = arguments.options
+    if options is None:
+        options = with_server(arguments.backend, PERSISTENT.get(arguments.backend, {}))
     began = time.monotonic()
     checks: list[float] = []
     with tempfile.TemporaryDirectory() as place:
