@@ -30,7 +30,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
-from .errors import BackendCorrupt
+from .errors import BackendCorrupt, BackendUnsupported
 from .model import (
     ApplyResult,
     CacheResidency,
@@ -71,6 +71,11 @@ class IndexBackend(ABC):
     @abstractmethod
     def put(self, residency: CacheResidency) -> None:
         """Insert the record or replace the one of the same identity."""
+
+    def put_all(self, residencies: Sequence[CacheResidency]) -> None:
+        """`put` each of them, in order. After an error some of them may be there."""
+        for residency in residencies:
+            self.put(residency)
 
     @abstractmethod
     def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
@@ -141,6 +146,13 @@ class IndexBackend(ABC):
 
         Cheap when there is nothing to do; called now and then even so, it frees what killed readers held.
         """
+
+    def compact(self) -> None:
+        """Give back the disk that the store occupies and does not need. All stays as it is when that fails.
+
+        Raises BackendUnsupported where there is nothing that could be done, BackendBusy when it is read meanwhile.
+        """
+        raise BackendUnsupported(f"{self.name()} has no way to compact what it stores")
 
     @abstractmethod
     def close(self) -> None:

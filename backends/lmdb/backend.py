@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..model import (
     StoreHealth,
     WorkerMatch,
 )
-from ..ownership import Owner, note_writer
+from ..ownership import Owner, note_writer, sync_directory, sync_file
 from .batch import Batch
 from .catalog import WriterCatalog
 from .checks import corrupt
@@ -39,8 +40,10 @@ from .files import (
     discard_if_machine_crashed,
     disk_is_full,
     move_aside,
+    named_errors,
     open_writer,
     remove_stale_snapshots,
+    sole_user,
     suspect,
 )
 from .reader import LmdbReader
@@ -157,6 +160,13 @@ class LmdbBackend(IndexBackend):
         self._write(lambda txn, batch: batch.put(residency))
         self._puts += 1
 
+    def put_all(self, residencies: Sequence[CacheResidency]) -> None:
+        def change(txn: lmdb.Transaction[bytes], batch: Batch) -> None:
+            batch.put_all(residencies)
+
+        self._write(change)
+        self._puts += len(residencies)
+
     def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
         removed = self._write(lambda txn, batch: batch.remove_scoped(scope, worker_id, block_hash))
         self._removes += removed
@@ -183,6 +193,24 @@ class LmdbBackend(IndexBackend):
     def _has_dead(self) -> bool:
         with self._env.begin() as txn:
             return bool(txn.stat(self._tables.dead)["entries"])
+
+    def compact(self) -> None:
+        """Replace the file by a compacted copy. Needs as much disk as is live, and that nobody reads meanwhile."""
+        path = self._directory / INDEX_FILE
+        with tempfile.TemporaryDirectory(prefix="snapshot-", dir=self._directory) as folder:
+            copy = Path(folder, INDEX_FILE)
+            self._reader.copy_to(copy)
+            with named_errors(path):
+                copy.chmod(0o600)
+                sync_file(copy)
+            self._env.close()
+            try:
+                with named_errors(path), sole_user(path):
+                    copy.replace(path)
+                    path.with_name(f"{INDEX_FILE}-lock").unlink()
+                    sync_directory(self._directory)
+            finally:
+                self._open()
 
     def cursors(self) -> dict[str, Cursor]:
         return self._reader.cursors()

@@ -11,6 +11,7 @@ snapshot-*                  copies that a snapshot is being read from
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import lmdb
 
-from ..errors import BackendError, BackendFormat, BackendFull, BackendPidClash
+from ..errors import BackendBusy, BackendError, BackendFormat, BackendFull, BackendPidClash
 from ..ownership import lost_in_machine_crash, note_writer
 from .catalog import Tables, number_of
 from .checks import check_metas, check_state, corrupt
@@ -202,6 +203,23 @@ def _open_read_only(path: Path, lock: bool) -> lmdb.Environment:
         env.close()
         raise BackendError(f"{path}: the mount is read-only, so LMDB cannot lock and would read wrong data")
     return env
+
+
+@contextmanager
+def sole_user(path: Path) -> Iterator[None]:
+    """Nobody else opens an index, closed here, meanwhile. Raises BackendBusy when a process has it open.
+
+    The lock file of such a process tells of the transactions of the file as it was: it does not fit another one.
+    """
+    file = os.open(path.with_name(f"{path.name}-lock"), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+        except OSError as error:
+            raise BackendBusy(f"{path}: another process reads the index") from error
+        yield
+    finally:
+        os.close(file)
 
 
 def allocate_lock_file(path: Path) -> None:

@@ -170,26 +170,36 @@ class LmdbReader:
 
         The copy takes as much disk as the live index. Raises BackendError when there is no room for it.
         """
+        with self.frozen(directory) as reader:
+            yield from reader.records()
+
+    @contextmanager
+    def frozen(self, directory: Path) -> Iterator[LmdbReader]:
+        """A reader of this moment, for as long as it takes. What it needs, and raises, is that of `snapshot`."""
         with tempfile.TemporaryDirectory(prefix="snapshot-", dir=directory) as copy:
             path = Path(copy, INDEX_FILE)
-            try:
-                file = path.open("wb")
-                with file:
-                    self._env.copyfd(file.fileno(), compact=True)
-            except DAMAGE as error:
-                self.damage = damage = corrupt(self._env.path(), repr(error))
-                raise damage from error
-            except (lmdb.Error, OSError) as error:
-                raise BackendError(f"no snapshot: cannot copy the index to {copy}: {error}") from error
+            self.copy_to(path)
             env, tables = open_reader(path, lock=False)
             reader = LmdbReader(env, tables)
             try:
-                yield from reader._records()
+                yield reader
             finally:
                 self.damage = self.damage or reader.damage
                 env.close()
 
-    def _records(self) -> Iterator[CacheResidency]:
+    def copy_to(self, path: Path) -> None:
+        """Write the index of this moment, compacted, to a new file. Raises BackendError."""
+        try:
+            with path.open("xb") as file:
+                self._env.copyfd(file.fileno(), compact=True)
+        except DAMAGE as error:
+            self.damage = damage = corrupt(self._env.path(), repr(error))
+            raise damage from error
+        except (lmdb.Error, OSError) as error:
+            raise BackendError(f"no snapshot: cannot copy the index to {path.parent}: {error}") from error
+
+    def records(self) -> Iterator[CacheResidency]:
+        """Every record, in one read transaction."""
         with self.reading() as txn:
             places = self._places.places(txn).rows
             for key, row in txn.cursor(self._tables.blocks):

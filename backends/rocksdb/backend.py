@@ -128,6 +128,14 @@ class RocksdbBackend(IndexBackend):
         self._write(lambda batch: batch.put(residency))
         self._puts += 1
 
+    def put_all(self, residencies: Sequence[CacheResidency]) -> None:
+        def change(batch: Batch) -> None:
+            for residency in residencies:
+                batch.put(residency)
+
+        self._write(change)
+        self._puts += len(residencies)
+
     def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
         removed = self._write(lambda batch: batch.remove_scoped(scope, worker_id, block_hash))
         self._removes += removed
@@ -198,6 +206,9 @@ class RocksdbBackend(IndexBackend):
 
     def damage(self) -> BackendCorrupt | None:
         return self._store.damage
+
+    def compact(self) -> None:
+        self._store.compact()
 
     def close(self) -> None:
         try:

@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "Say what a configuration would run, or what is wrong with it.",
     "query": "Ask a running daemon: match, locate, children, workers, streams.",
     "snapshot": "Write the whole index as JSON lines.",
+    "backend": "Copy, compare, check, compact, back up whole indexes.",
     "verify": "Look at every page and row of an index.",
     "quarantine": "Look at what was refused, try it again, drop it.",
     "record": "Write the raw messages of a live stream to a file.",

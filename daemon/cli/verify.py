@@ -10,7 +10,7 @@ import click
 
 from .ending import EXIT_BUSY, EXIT_DATA, EXIT_UNAVAILABLE, Failure
 
-_FINDINGS_MAX = 1000
+FINDINGS_MAX = 1000
 """Shown, not looked for: a file with more is no better understood with all of them."""
 
 
@@ -27,6 +27,11 @@ def verify(data_dir: Path, as_json: bool) -> None:
 
     What is wrong is shown as it is found, the first 1000 of it. Meanwhile no page that the daemon frees is used again.
     """
+    show_lmdb(data_dir, as_json)
+
+
+def show_lmdb(data_dir: Path, as_json: bool) -> None:
+    """Show what is wrong with the LMDB index in a directory. Raises Failure when anything is."""
     from kvcensus.backends.errors import BackendBusy, BackendError, BackendFormat
     from kvcensus.backends.lmdb.files import INDEX_FILE
     from kvcensus.backends.lmdb.verify import IndexCheck
@@ -35,7 +40,7 @@ def verify(data_dir: Path, as_json: bool) -> None:
     check = IndexCheck(path)
     shown = 0
     try:
-        for finding in islice(check.findings(), _FINDINGS_MAX):
+        for finding in islice(check.findings(), FINDINGS_MAX):
             shown += 1
             click.echo(json.dumps(finding._asdict()) if as_json else f"{finding.where}: {finding.what}")
     except BackendError as error:

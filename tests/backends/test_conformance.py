@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import count
 from threading import Thread
 
 import pytest
 
+from kvcensus.backends.errors import BackendUnsupported
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import (
     ROOT,
@@ -115,6 +117,47 @@ def test_put_replaces_the_record_of_the_same_identity(backend: IndexBackend) -> 
     assert backend.metrics().resident_bytes == 100
     assert backend.prefix_scan(SCOPE, A) == []
     assert hashes(backend.prefix_scan(SCOPE, C)) == [B]
+
+
+def test_putting_many_is_putting_one_after_the_other(backend: IndexBackend) -> None:
+    backend.apply([store(A, B, size=10)])
+    first = residency(key(B, parent=A, index=1), bytes=100, ref_count=3)
+    others = [
+        residency(key(C, parent=B, index=None, tokens=0), pinned=True),
+        residency(key(B, parent=None, scope=LORA, group=1), worker="v", tier=DRAM, rank=2, last_access_ms=9),
+        residency(key(D, parent=C, index=3), worker="v", bytes=5),
+    ]
+    last = residency(key(B, parent=C, index=7), bytes=50, ref_count=2)
+
+    backend.put_all([first, *others, last])
+    backend.put_all([])
+
+    put = {repr(one) for one in [*others, last]}
+    assert {repr(one) for one in backend.snapshot()} == {repr(one) for one in backend.find(A)} | put
+    assert hashes(backend.prefix_scan(SCOPE, A)) == []
+    assert hashes(backend.prefix_scan(SCOPE, C)) == [B, D]
+    assert backend.metrics().resident_bytes == 10 + 100 + 5
+
+
+def test_a_run_of_no_blocks_tells_of_its_place_and_of_nothing_else(backend: IndexBackend) -> None:
+    window = GroupSpec(GroupKind.WINDOW, 64, 16)
+
+    assert backend.apply([store(parent=None, worker="w", rank=3, group=2, tier=DRAM, spec=window)]) == ApplyResult()
+
+    assert backend.holdings() == [Holding("w", 3, DRAM, 2, window, 0, 0)]
+    assert list(backend.snapshot()) == []
+
+
+def test_what_is_compacted_stays_as_it_is(backend: IndexBackend) -> None:
+    backend.apply([store(A, B), store(C, worker="v")], [Cursor("s", 1, 5)])
+    backend.clear_worker("v")
+    before = (sorted(map(repr, backend.snapshot())), backend.cursors(), backend.holdings())
+    with suppress(BackendUnsupported):
+        backend.compact()
+
+    assert (sorted(map(repr, backend.snapshot())), backend.cursors(), backend.holdings()) == before
+    assert backend.apply([store(C, parent=B)]) == ApplyResult(stored=1)
+    assert only(backend.find(C)).key.block_index == 2
 
 
 def test_scope_group_worker_and_tier_each_make_another_record(backend: IndexBackend) -> None:

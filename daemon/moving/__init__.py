@@ -1,0 +1,1 @@
+"""Whole indexes: copied from one backend to another, compared, checked."""
