@@ -33,10 +33,11 @@ needs_server = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 class ValkeyServer:
     """One server process. Its port and its files outlive a restart."""
 
-    def __init__(self, directory: Path, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, str] | None = None, *, tls: bool = False) -> None:
         self.directory = directory
         self.port = free_port()
-        self.settings = {"port": str(self.port), "save": "", **(settings or {})}
+        ports = {"port": "0", "tls-port": str(self.port)} if tls else {"port": str(self.port)}
+        self.settings = {**ports, "save": "", **(settings or {})}
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         self.start()
@@ -103,9 +104,11 @@ class ValkeyServer:
 
 
 @contextmanager
-def running_server(directory: Path, settings: Mapping[str, str] | None = None) -> Iterator[ValkeyServer]:
-    """One server, as long as it is needed."""
-    server = ValkeyServer(directory, settings)
+def running_server(
+    directory: Path, settings: Mapping[str, str] | None = None, *, tls: bool = False
+) -> Iterator[ValkeyServer]:
+    """One server, as long as it is needed. With `tls` it speaks nothing else."""
+    server = ValkeyServer(directory, settings, tls=tls)
     try:
         yield server
     finally:

@@ -31,7 +31,7 @@ from ..model import (
     WorkerMatch,
 )
 from ..ownership import Owner
-from .layout import TABLES, Command, Keys
+from .layout import TABLES, Command, Keys, parts_key
 from .reader import Frozen, ValkeyReader
 from .server import Disconnected, Moved, Server, ValkeyOptions
 from .session import Lease, begin
@@ -56,7 +56,7 @@ class _Attempt(NamedTuple):
 
 
 class ValkeyBackend(IndexBackend):
-    """One part of an index on a server, which this process owns until `close`."""
+    """One part of an index on a server, which this process owns until `close`. It answers for this part alone."""
 
     def __init__(self, directory: Path, options: ValkeyOptions | None = None) -> None:
         """Open or create. `directory` has nothing but who we are. Raises BackendBusy, BackendFormat or BackendError."""
@@ -81,6 +81,9 @@ class ValkeyBackend(IndexBackend):
             self._totals = self._write("open", lambda txn, batch: None, commits=False) or self._catalog_totals()
             self._sweep = Sweep(self._keys, self._ask_dead())
             self._refuse_eviction()
+            names = Server(options)
+            names.ask([("SADD", parts_key(options.namespace), options.part)])
+            names.close()
         except BaseException:
             self._disconnect()
             self._owner.release()

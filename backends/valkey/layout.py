@@ -9,6 +9,8 @@ transaction changes it and one transaction reads it. Rows, links and small table
     …:meta             hash        numbers, and: schema, instance, session, commit, attempt
     …:lease            string      who writes, for as long as it says so
 
+    NAMESPACE:parts    set         the names of all parts, in a slot of its own; only grows
+
 Numbers of rows differ from one index to another, the bytes of a row do not.
 """
 
@@ -54,6 +56,11 @@ class Keys:
         groups = by_bucket(keys)
         asked = [(name, group) for name, group in zip(self.buckets, groups) if group]
         return [("HMGET", name, *group) for name, group in asked], [group for _, group in asked]
+
+
+def parts_key(namespace: str) -> bytes:
+    """The key of the set of parts."""
+    return f"{namespace}:parts".encode()
 
 
 def bucket_of(key: bytes) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -116,7 +116,10 @@ class ValkeyReader:
             return [one for one in found if one is not None and (scope is None or one.key.scope == scope)]
 
     def prefix_scan(
-        self, scope: IdentityScope, prefix_hash: bytes, unchanging: Callable[[], AbstractContextManager[Any]]
+        self,
+        scope: IdentityScope,
+        prefix_hash: bytes,
+        unchanging: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> list[CacheResidency]:
         """Children are looked up before their rows: again when there was a commit in between, at last `unchanging`."""
         self.prefix_scans += 1
@@ -201,6 +204,10 @@ class ValkeyReader:
     def places(self) -> dict[int, PlaceRow]:
         """The live places."""
         return self._ask(())[0].places.rows
+
+    def workers(self) -> set[str]:
+        """Who had places at the last question."""
+        return set() if self._seen is None else {row.worker_id for row in self._seen.places.rows.values()}
 
     def records(self, places: dict[int, PlaceRow], frozen: Frozen, count: int) -> Iterator[CacheResidency]:
         """Every record, some `count`, of the moment when `frozen` began to keep what changes and `places` were read."""
