@@ -213,6 +213,9 @@ class Bus:
         worker.gone = beat.control is Control.GONE
         if beat.epoch == worker.life and beat.seq == worker.applied:
             worker.proven = True
+        elif not self._limits.durable and (beat.epoch, beat.seq) > (worker.life, worker.applied):
+            # Lost, or on its way: signs of life may overtake messages.
+            worker.proven = False
 
     def _worker(self, key: str, delivery: Delivery, now_ms: int) -> WorkerLife | None:
         worker = self.workers.get(key)

@@ -207,6 +207,23 @@ def test_a_bus_that_keeps_nothing_proves_a_worker_by_its_next_number() -> None:
     assert worker.proven
 
 
+def test_a_sign_of_life_that_is_ahead_of_its_messages_leaves_a_doubt_until_they_come() -> None:
+    one = bus()
+    feed(one, relayed(0), [Delivery("w", None, "r", 1, 1, control=Control.ALIVE)])
+    worker = one.workers["w"]
+    assert not worker.proven
+    assert feed(one, relayed(1)) == ["w:1"]
+    assert worker.proven
+    feed(one, [Delivery("w", None, "r", 2, -1, control=Control.ALIVE)])
+    assert not worker.proven
+
+
+def test_a_bus_that_keeps_its_messages_may_be_behind_the_signs_of_life() -> None:
+    one = bus(durable=True)
+    feed(one, relayed(0), [Delivery("w", None, "r", 1, 9, control=Control.ALIVE)])
+    assert one.workers["w"].proven
+
+
 def test_one_message_of_a_publisher_proves_all_of_its_workers() -> None:
     one = bus()
     feed(one, enveloped(0, "a"), enveloped(1, "b"))
