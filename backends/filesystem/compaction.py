@@ -3,8 +3,6 @@
 It reads the last snapshot and the closed segments after it and writes what they come to: the daemon does not wait for
 it, and nothing of the daemon's memory, locks or sockets is in it, as it would be in a fork. It takes as much memory as
 the index, for as long as it runs.
-
-    python -P -m kvcensus.backends.filesystem.compaction DIRECTORY SEQUENCE PARENT
 """
 
 from __future__ import annotations
@@ -15,12 +13,10 @@ import sys
 from pathlib import Path
 
 from ..errors import BackendCorrupt, BackendError
-from .framing import corrupt
-from .index import Index
-from .journal import recover, write_snapshot
 
-_CORRUPT = 65
-_NICENESS = 10
+CORRUPT = 65
+"""What the process exits with when it finds damage. The text is on its stderr."""
+_PROGRAM = f"{__package__}.compactor"
 
 
 class Compaction:
@@ -30,7 +26,7 @@ class Compaction:
         """Raises OSError when no process can be started."""
         self.sequence = sequence
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(directory), str(sequence), str(os.getpid())],
+            [sys.executable, "-P", "-m", _PROGRAM, str(directory), str(sequence), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -43,7 +39,7 @@ class Compaction:
         if code is None:
             return False
         said = self._said()
-        if code == _CORRUPT:
+        if code == CORRUPT:
             raise BackendCorrupt(said)
         if code:
             raise BackendError(f"no snapshot: {said or f'its process ended with {code}'}")
@@ -56,42 +52,3 @@ class Compaction:
 
     def _said(self) -> str:
         return self._process.communicate()[1].decode(errors="replace").strip()
-
-
-class _Orphaned(Exception):
-    """The daemon is gone, and another one may be here."""
-
-
-def compact(directory: Path, sequence: int, parent: int) -> None:
-    """Make the snapshot, as long as `parent` lives. Raises BackendFormat, BackendCorrupt, OSError."""
-
-    def stop_if_orphaned() -> None:
-        if os.getppid() != parent:
-            raise _Orphaned
-
-    index = Index()
-    found = recover(directory, index, sequence, stop_if_orphaned)
-    if found.next != sequence:
-        raise corrupt(directory, f"the journal ends at record {found.next}, before {sequence}")
-    write_snapshot(directory, found.history, sequence, index.dump(), stop_if_orphaned)
-
-
-def main() -> int:
-    """The process."""
-    directory, sequence, parent = sys.argv[1:]
-    os.nice(_NICENESS)
-    try:
-        compact(Path(directory), int(sequence), int(parent))
-    except _Orphaned:
-        return 1
-    except BackendCorrupt as error:
-        sys.stderr.write(f"{error}\n")
-        return _CORRUPT
-    except (BackendError, OSError, MemoryError) as error:
-        sys.stderr.write(f"{error!r}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -111,12 +111,14 @@ class CrashTest:
     between: int = 0
     """Kills that hit between the call of a step and its batch."""
 
-    def kill(self, after_s: float) -> None:
-        """Let a process change the index, and kill it so long after it began to open it."""
+    def kill(self, after_s: float, *, opening: bool = False) -> None:
+        """Let a process change the index, and kill it so long after it has opened it, or after it began to."""
         command = [sys.executable, "-m", "tests.backends.crashing", self.name, str(self.directory)]
         with subprocess.Popen([*command, json.dumps(dict(self.options))], cwd=_ROOT, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"opening\n"
+            if not opening:
+                assert child.stdout.readline() == b"open\n"
             time.sleep(after_s)
             assert child.poll() is None, "the process ended by itself"
             child.kill()
@@ -158,8 +160,9 @@ def main() -> None:
     returned = os.open(directory / _RETURNED, os.O_RDWR | os.O_CREAT, 0o600)
     print("opening", flush=True)  # noqa: T201
     backend = open_backend(name, directory / "index", options)
+    print("open", flush=True)  # noqa: T201
     number = position(backend)
-    if os.fstat(returned).st_size == 0 and number >= 0:
+    if number > int.from_bytes(os.pread(returned, 8, 0), "big"):
         os.pwrite(returned, number.to_bytes(8, "big"), 0)
     while True:
         number += 1

@@ -28,6 +28,6 @@ def test_a_killed_process_leaves_whole_batches_with_their_cursor(name: str, tmp_
         pytest.skip(problem)
     test = CrashTest(name, tmp_path, with_server(name, PERSISTENT[name]))
     for number in range(5):
-        test.kill(random.Random(number).uniform(0.05, 0.6))
+        test.kill(random.Random(number).uniform(0, 0.5))
         test.check()
     assert test.reached > 0

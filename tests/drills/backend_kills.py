@@ -19,10 +19,10 @@ from tests.backends.crashing import CrashTest
 from tests.backends.test_crash import PERSISTENT
 from tests.valkey_servers import with_server
 
-UP_S = 0.6
+UP_S = 0.5
 OPENING_KILLS = 0.15
-"""Share of the kills that come so soon that they mostly hit the opening."""
-OPENING_S = 0.08
+"""Share of the kills that come so soon that they mostly hit the opening. As many are followed by no check."""
+OPENING_S = 0.2
 
 
 def main() -> None:
@@ -41,7 +41,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         test = CrashTest(arguments.backend, Path(place), options)
         for kill in range(1, arguments.kills + 1):
-            test.kill(chance.uniform(0, OPENING_S if chance.random() < OPENING_KILLS else UP_S))
+            opening = chance.random() < OPENING_KILLS
+            test.kill(chance.uniform(0, OPENING_S if opening else UP_S), opening=opening)
             if chance.random() < OPENING_KILLS:
                 continue
             started = time.monotonic()
