@@ -104,6 +104,28 @@ class WriterCounters:
         self.blocks_cleared = 0
 
 
+class Question(StrEnum):
+    """What is compared between the index and its shadow."""
+
+    LOCATE = "locate"
+    MATCH = "match"
+
+
+class ShadowCounters:
+    """What the writer's thread counts of the shadow."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.following = 0
+        """1 while it is driven; 0 before it has begun, and once it is broken."""
+        self.records = 0
+        self.commits = 0
+        self.commit_s = Histogram(COMMIT_BOUNDS_S)
+        self.errors = 0
+        self.questions = dict.fromkeys(Question, 0)
+        self.disagreements = dict.fromkeys(Question, 0)
+
+
 class DropCause(StrEnum):
     """Why an entry left the quarantine without anybody asking: the limits, or a file that could not be written."""
 

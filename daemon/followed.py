@@ -125,7 +125,11 @@ class Followed:
         if state is StreamState.REPLAYING:
             return Trust.CATCHING_UP, "replaying what was missed", self._state_since_ms
         if not self._view.proven:
-            return Trust.STALE, "messages may have been missed, and nothing has proved otherwise yet", self._state_since_ms
+            return (
+                Trust.STALE,
+                "messages may have been missed, and nothing has proved otherwise yet",
+                self._state_since_ms,
+            )
         return Trust.FRESH, "", max(cursor.since_ms, self._state_since_ms)
 
 

@@ -130,6 +130,10 @@ def _bus(kind: Kind, name: str, path: str, help_: str, *label: str) -> Declared:
     return Declared(kind, f"kvcensus_bus_{name}", path, help_, ("bus", *label))
 
 
+def _shadow(kind: Kind, name: str, path: str, help_: str, *label: str) -> Declared:
+    return Declared(kind, f"kvcensus_shadow_{name}", path, help_, ("backend", *label))
+
+
 _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 # fmt: off
@@ -221,6 +225,17 @@ WRITER_METRICS = (
     Declared(_C, "kvcensus_writer_blocks_cleared_total", "blocks_cleared", "Records dropped as a worker was cleared."),
 )
 
+SHADOW_METRICS = (
+    _shadow(_G, "up", "following", "1 while the shadow is driven; at 0 it is broken, and the log has the reason."),
+    _shadow(_G, "records", "records", "Records in the shadow."),
+    _shadow(_C, "commits_total", "commits", "Transactions applied to the shadow."),
+    _shadow(_H, "commit_seconds", "commit_s", "Time that the writer took to apply one to the shadow."),
+    _shadow(_C, "errors_total", "errors", "Times that the shadow failed; it is given up with the first."),
+    _shadow(_C, "questions_total", "questions", "Questions put to the index and to the shadow.", "question"),
+    _shadow(_C, "disagreements_total", "disagreements",
+            "Questions that they answered differently; the log has the key.", "question"),
+)
+
 QUARANTINE_METRICS = (
     Declared(_G, "kvcensus_quarantine_entries", "entries", "Refused frames and events that are kept."),
     Declared(_G, "kvcensus_quarantine_bytes", "bytes", "Bytes that they count for in quarantine.max_bytes."),
@@ -251,6 +266,7 @@ SECTIONS = (
     ("Buses", BUS_METRICS),
     ("Index", (BACKEND_UP, *INDEX_METRICS, *COMMIT_METRICS)),
     ("Writer", (*WRITER_METRICS, *DAEMON_METRICS)),
+    ("Shadow", SHADOW_METRICS),
     ("Quarantine", QUARANTINE_METRICS),
     ("HTTP", HTTP_METRICS),
     ("Build", (BUILD_INFO,)),
@@ -289,6 +305,9 @@ class DaemonCollector(Collector):
             yield from (_sampled(metric, [(backend, index)]) for metric in INDEX_METRICS)
         yield from (_sampled(metric, [(backend, view.writer_counters)]) for metric in COMMIT_METRICS)
         yield from (_sampled(metric, [((), view.writer_counters)]) for metric in WRITER_METRICS)
+        shadow = view.shadow_counters
+        shadows: list[Labelled] = [] if shadow is None else [((shadow.backend,), shadow)]
+        yield from (_sampled(metric, shadows) for metric in SHADOW_METRICS)
         yield from (_sampled(metric, [((), view.quarantine_counters)]) for metric in QUARANTINE_METRICS)
         yield from (_sampled(metric, [((), view.http_counters)]) for metric in HTTP_METRICS)
         daemon = DaemonFigures(*view.queue_depth(), view.readiness().ready, index is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,13 +20,14 @@ from kvcensus.backends.registry import open_backend
 from .claims import Claims
 from .config import Config, NatsConfig, OnCorrupt, SourceConfig, StreamConfig
 from .config.endpoints import Endpoint
-from .counters import HttpCounters, QuarantineCounters, WriterCounters
+from .counters import HttpCounters, QuarantineCounters, ShadowCounters, WriterCounters
 from .followed import Followed, FollowedStream
 from .following import stream_of
 from .frame_queue import Barrier, FrameQueue
 from .logs import get_logger
 from .metrics import install
 from .quarantine import Quarantine, QuarantineLimits
+from .shadow import Shadow
 from .sources.bus_source import BusSettings, BusSource
 from .sources.nats import NatsIntake
 from .sources.zmq import ZmqIntake
@@ -49,11 +51,13 @@ class Service:
         self.backend: IndexBackend = _open_backend(config)
         self._queue = FrameQueue(config.writer.queue_max_messages, config.writer.queue_max_bytes)
         self._quarantine = _open_quarantine(config)
+        self._shadow = _shadow_of(config)
         self._writer = Writer(
             self.backend,
             self._queue,
             WriterOptions(config.writer.commit_max_blocks, config.writer.commit_max_ms, config.index.reclaim_rows),
             self._quarantine,
+            self._shadow,
         )
         self._intake = ZmqIntake(self._queue)
         self._nats = NatsIntake(self._queue)
@@ -73,6 +77,11 @@ class Service:
         """What the quarantine holds, and has lost."""
         return QuarantineCounters() if self._quarantine is None else self._quarantine.counters
 
+    @property
+    def shadow_counters(self) -> ShadowCounters | None:
+        """What was counted of the shadow, None without one."""
+        return None if self._shadow is None else self._shadow.counters
+
     def start(self) -> None:
         """Drop what unconfigured streams left, then follow the configured ones from their cursors."""
         cursors = self.backend.cursors()
@@ -81,6 +90,8 @@ class Service:
         for name in sorted(cursors.keys() - wanted):
             if cursors[name].source not in buses:
                 self._drop_unconfigured(cursors[name])
+        if self._shadow is not None:
+            self._shadow.begin(self.backend)
         for source, stream in self._config.streams():
             self._follow(source, stream, cursors.get(stream.stream))
         for bus in self._config.buses():
@@ -143,7 +154,7 @@ class Service:
         self._reload_buses(config)
         needs_restart = [
             key
-            for key in ("data_dir", "backend", "http", "index", "writer", "quarantine")
+            for key in ("data_dir", "backend", "http", "index", "writer", "quarantine", "shadow")
             if getattr(config, key) != getattr(self._config, key)
         ]
         self._config = config
@@ -187,6 +198,8 @@ class Service:
             self._writer.join()
         if self._quarantine is not None:
             self._quarantine.close()
+        if self._shadow is not None:
+            self._shadow.close()
         self.backend.close()
         return drained and self._writer.error is None
 
@@ -283,6 +296,14 @@ def _open_backend(config: Config) -> IndexBackend:
     if backend.discarded_after_crash:
         log.warning("index_discarded", reason="the machine went down while the index was written without syncing")
     return backend
+
+
+def _shadow_of(config: Config) -> Shadow | None:
+    shadow = config.shadow
+    if not shadow.backend:
+        return None
+    opener = partial(open_backend, shadow.backend, Path(shadow.data_dir), shadow.options)
+    return Shadow(shadow.backend, opener, shadow.sample_per_s)
 
 
 def _open_quarantine(config: Config) -> Quarantine | None:

@@ -11,7 +11,15 @@ from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.interface import IndexBackend
 
-from .counters import AppliedCounters, BusCounters, HttpCounters, IntakeCounters, QuarantineCounters, WriterCounters
+from .counters import (
+    AppliedCounters,
+    BusCounters,
+    HttpCounters,
+    IntakeCounters,
+    QuarantineCounters,
+    ShadowCounters,
+    WriterCounters,
+)
 
 
 class StreamState(StrEnum):
@@ -131,6 +139,10 @@ class DaemonView(Protocol):
     @property
     def quarantine_counters(self) -> QuarantineCounters:
         """What the quarantine holds, and has lost."""
+
+    @property
+    def shadow_counters(self) -> ShadowCounters | None:
+        """What was counted of the shadow, None without one."""
 
     def statuses(self) -> list[StreamStatus]:
         """Every configured stream."""

@@ -23,6 +23,7 @@ from .frame_queue import Advance, Barrier, FrameQueue, Item, Refuse
 from .logs import get_logger
 from .progress import Progress
 from .quarantine import Quarantine
+from .shadow import Shadow
 from .status import Trust
 from .streams.verdicts import Apply, Fence, NewEpoch, Retire
 
@@ -55,9 +56,15 @@ class Writer(threading.Thread):
     """Applies the queue to the backend until the queue is closed and empty."""
 
     def __init__(
-        self, backend: IndexBackend, queue: FrameQueue, options: WriterOptions, quarantine: Quarantine | None = None
+        self,
+        backend: IndexBackend,
+        queue: FrameQueue,
+        options: WriterOptions,
+        quarantine: Quarantine | None = None,
+        shadow: Shadow | None = None,
     ) -> None:
         super().__init__(name="writer", daemon=True)
+        self._shadow = shadow
         self._quarantine = quarantine
         self._backend = backend
         self._queue = queue
@@ -119,6 +126,8 @@ class Writer(threading.Thread):
         """Free what cleared workers and killed readers held, and say who reads an old state for long."""
         self._housekept_s = now
         self._reclaim()
+        if self._shadow is not None:
+            self._shadow.reclaim(self._options.reclaim_rows)
         if now - self._readers_seen_s < _READERS_EVERY_S:
             return
         self._readers_seen_s = now
@@ -339,6 +348,10 @@ class Writer(threading.Thread):
             stream.applied.lag_s.observe_all(lags)
         for barrier in self._barriers:
             barrier.committed.set()
+        if self._shadow is not None:
+            forgotten = [stream.stream for stream in self._retired]
+            self._shadow.follow(self._operations, list(cursors.values()), forgotten)
+            self._shadow.compare(self._backend)
         self._operations = []
         self._progress = {}
         self._retired = []

@@ -16,6 +16,7 @@ from .model import (
 from .nats import NatsConfig
 from .nats_servers import NatsServers
 from .relay import RelayConfig
+from .shadow import ShadowConfig
 from .source import OnHole, SourceConfig, SourceType, StreamConfig
 from .translated import OnFence
 
@@ -36,6 +37,7 @@ __all__ = [
     "OnHole",
     "QuarantineConfig",
     "RelayConfig",
+    "ShadowConfig",
     "SourceConfig",
     "SourceType",
     "StreamConfig",

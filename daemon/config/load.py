@@ -36,7 +36,7 @@ _STRUCTS = (
     NatsServers,
     RelayConfig,
 )
-_SECTIONS = ("http", "index", "writer", "quarantine", "log", "relay")
+_SECTIONS = ("http", "index", "writer", "quarantine", "log", "relay", "shadow")
 _AT = re.compile(r"(?P<reason>.*?)(?: - at `\$\.?(?P<key>.*?)`)?", re.DOTALL)
 _FIELD = re.compile(r"Object (?P<verb>contains unknown|missing required) field `(?P<field>[^`]*)`")
 _TOML_PLACE = re.compile(r"(?P<reason>.*) \(at (?:line (?P<line>[0-9]+), column [0-9]+|end of document)\)", re.DOTALL)

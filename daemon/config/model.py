@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -21,6 +22,7 @@ from .errors import InvalidValue
 from .nats import NatsConfig
 from .relay import RelayConfig
 from .section import MIB, NotNegative, Positive, PositiveBytes, Section
+from .shadow import ShadowConfig
 from .source import SourceConfig, StreamConfig
 
 _MAX_SOURCES = 1024
@@ -205,6 +207,7 @@ class Config(Section, frozen=True):
     quarantine: QuarantineConfig = QuarantineConfig()
     log: LogConfig = LogConfig()
     relay: RelayConfig = RelayConfig()
+    shadow: ShadowConfig = ShadowConfig()
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     """For a backend from another package: whatever it says that it takes."""
     sources: Annotated[tuple[SourceConfig, ...], msgspec.Meta(max_length=_MAX_SOURCES)] = ()
@@ -217,6 +220,8 @@ class Config(Section, frozen=True):
             raise InvalidValue("data_dir", "is empty")
         if problem := why_unusable(self.backend):
             raise InvalidValue("backend", problem)
+        if self.shadow.backend and Path(self.shadow.data_dir).absolute() == Path(self.data_dir).absolute():
+            raise InvalidValue("shadow.data_dir", "is that of the index")
         names: dict[str, int] = {}
         followed: dict[tuple[str, str], int] = {}
         for number, source in enumerate(self.sources):

@@ -23,6 +23,7 @@ from kvcensus.daemon.counters import (
     HttpCounters,
     IntakeCounters,
     QuarantineCounters,
+    ShadowCounters,
     WriterCounters,
 )
 from kvcensus.daemon.http.server import HttpServer
@@ -97,6 +98,7 @@ class View:
         self.registry = CollectorRegistry()
         self.writer_counters = WriterCounters()
         self.quarantine_counters = QuarantineCounters()
+        self.shadow_counters: ShadowCounters | None = ShadowCounters("lmdb")
         self.http_counters = HttpCounters()
         self.shown = list(statuses)
         self.counters = [Counters(one.source, one.stream) for one in statuses]

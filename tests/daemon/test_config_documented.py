@@ -20,6 +20,7 @@ from kvcensus.daemon.config import (
     NatsServers,
     QuarantineConfig,
     RelayConfig,
+    ShadowConfig,
     SourceConfig,
     WriterConfig,
     load_config,
@@ -39,6 +40,7 @@ HEADINGS: dict[str, type[msgspec.Struct]] = {
     "`[[nats]]`": NatsConfig,
     "`[nats.connection]`": NatsServers,
     "`[relay]`": RelayConfig,
+    "`[shadow]`": ShadowConfig,
 }
 DERIVED = {"name", "tokenizer", "connection"}
 """Settings whose default is made from another one."""

@@ -76,7 +76,7 @@ def test_names_follow_the_conventions() -> None:
         assert not re.search(r"_(ms|us|kb|mb)(_|$)", metric.name)
         assert set(metric.labels) <= {
             *("source", "stream", "backend", "tier", "type", "reason", "state", "trust", "version", "python"),
-            *("cause", "bus"),
+            *("cause", "bus", "question"),
         }
 
 
