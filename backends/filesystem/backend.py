@@ -26,7 +26,7 @@ from ..model import (
 from ..ownership import Owner, lost_in_machine_crash, note_writer
 from .compaction import Compaction
 from .index import Index
-from .journal import FULL, Appender, drop_before, recover, segments, snapshots, write_snapshot
+from .journal import FULL, Appender, drop_before, recover, segments, snapshots, sync_journal, write_snapshot
 from .records import AllCleared, BlockRemoved, Change, Put, StreamForgotten, applied, encode
 
 T = TypeVar("T")
@@ -99,8 +99,10 @@ class FilesystemBackend(IndexBackend):
         found = recover(self._directory, self._index)
         self.torn_bytes = found.torn_bytes
         """Bytes of an unfinished record that were cut from the end of the journal at opening."""
-        note_writer(self._directory, self._durability, clean=False)
         synced = self._durability is Durability.MACHINE
+        if synced:
+            sync_journal(self._directory)
+        note_writer(self._directory, self._durability, clean=False)
         self._appender = Appender(self._directory, found, segment_bytes=segment_bytes, synced=synced)
         for path in self._directory.glob("snapshot-*.tmp"):
             path.unlink()

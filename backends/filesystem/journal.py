@@ -160,6 +160,18 @@ def _replay(path: Path, first: int, index: Index, found: Recovered, between: Cal
     return number
 
 
+def sync_journal(directory: Path) -> None:
+    """Make durable what was not synced when it was written. Raises OSError."""
+    for _, path in segments(directory):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    sync_directory(directory)
+    sync_directory(directory.parent)
+
+
 class Appender:
     """The end of the journal. After an error of `append` the record is not there, or nothing more can be written."""
 
@@ -224,13 +236,7 @@ class Appender:
     def close(self) -> None:
         """Make all durable, also what was not synced when it was written. Raises OSError."""
         os.close(self._file)
-        for _, path in segments(self._directory):
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
-        sync_directory(self._directory)
+        sync_journal(self._directory)
 
     def _begin_segment(self) -> None:
         path = segment_path(self._directory, self.next)

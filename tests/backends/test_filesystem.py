@@ -20,7 +20,7 @@ from kvcensus.backends.filesystem import Durability, FilesystemBackend, framing
 from kvcensus.backends.filesystem import backend as backend_module
 from kvcensus.backends.filesystem.backend import OnCorrupt
 from kvcensus.backends.filesystem.index import Index
-from kvcensus.backends.filesystem.journal import Recovered, recover, segments, snapshots
+from kvcensus.backends.filesystem.journal import Recovered, recover, segments, snapshots, sync_journal
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import CacheTier, Cursor, StoreRun
 
@@ -258,7 +258,7 @@ def test_a_schema_of_the_future_is_refused_and_left_alone(tmp_path: Path, monkey
 
 def test_a_snapshot_takes_the_place_of_the_segments_before_it(tmp_path: Path) -> None:
     backend = small(tmp_path)
-    wanted = busy(backend, 0, 60)
+    wanted = busy(backend, 0, 40)
     directory = folder(tmp_path)
     eventually(lambda: bool(snapshots(directory)) and not backend.reclaim(1) and segments(directory)[0][0] > 0)
 
@@ -269,7 +269,7 @@ def test_a_snapshot_takes_the_place_of_the_segments_before_it(tmp_path: Path) ->
     backend.close()
     backend = small(tmp_path)
     assert content(backend) == content(wanted)
-    wanted = busy(backend, 60, 70)
+    wanted = busy(backend, 40, 45)
     assert content(backend) == content(wanted)
     backend.close()
 
@@ -310,7 +310,7 @@ def test_a_snapshot_that_fails_is_said_and_tried_again_later(tmp_path: Path, mon
         eventually(lambda: backend.reclaim(1) or bool(backend.snapshot_problem))
     assert backend.snapshot_problem == "no snapshot: its process ended with 1"
     assert backend.damage() is None
-    wanted = busy(backend, 40, 120)
+    wanted = busy(backend, 40, 60)
     eventually(lambda: backend.reclaim(1) or bool(snapshots(folder(tmp_path))))
     eventually(lambda: backend.reclaim(1) or not backend.snapshot_problem)
     assert content(backend) == content(wanted)
@@ -475,6 +475,27 @@ def test_what_was_not_synced_is_discarded_after_a_machine_crash(
     assert len(backend) == records
     assert backend.discarded_after_crash == (records == 0)
     backend.close()
+
+
+def test_what_was_left_unsynced_is_synced_before_it_is_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine crash after the durability was raised must not find segments that were never synced."""
+    killed(tmp_path, Durability.PROCESS)
+    calls: list[str] = []
+
+    def sync(directory: Path) -> None:
+        calls.append("sync")
+        sync_journal(directory)
+
+    def note(directory: Path, durability: str, clean: bool) -> None:
+        calls.append(durability)
+        ownership.note_writer(directory, durability, clean)
+
+    monkeypatch.setattr("kvcensus.backends.filesystem.backend.sync_journal", sync)
+    monkeypatch.setattr("kvcensus.backends.filesystem.backend.note_writer", note)
+    FilesystemBackend(tmp_path, durability=Durability.MACHINE).close()
+    assert calls[:2] == ["sync", "machine"]
 
 
 def test_a_closed_index_outlives_a_reboot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
