@@ -286,6 +286,14 @@ class Talk:
 
     async def _publish(self, subject: str, payload: bytes, headers: dict[str, str] | None) -> None:
         await self.client.publish(subject, payload, headers=headers)
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Returns once the server has all that was published.
+
+        nats-py's first ping may overtake what waits to be written.
+        """
+        await self.client.flush()
         await self.client.flush()
 
     def store(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> int:

@@ -76,7 +76,7 @@ class Relay:
                 await self._talk.jetstream.publish(self.subject, payload(seq), headers=headers)
             else:
                 await self._talk.client.publish(self.subject, payload(seq), headers=headers)
-        await self._talk.client.flush()
+        await self._talk.flush()
 
     def beat(self, seq: int, control: Control = Control.ALIVE) -> None:
         subject = subject_of(ALIVE_PREFIX, self._address)
