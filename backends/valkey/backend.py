@@ -90,15 +90,17 @@ class ValkeyBackend(IndexBackend):
             raise
 
     def _begin(self) -> Position:
+        problem: BaseException | None = None
         for _ in range(self._tries):
             try:
                 return begin(self._server, self._connected(), self._keys, self._lease)
-            except (Moved, Overtaken):
+            except (BackendUnavailable, Overtaken) as error:
+                problem = error
                 self._disconnect()
             except BaseException:
                 self._disconnect()
                 raise
-        raise BackendUnavailable(f"valkey {self._server.address}: the index cannot be taken over: others try it too")
+        raise BackendUnavailable(str(problem)) from problem
 
     def _refuse_eviction(self) -> None:
         """A server that drops keys when it is full would drop some of the index, and nobody would know."""
@@ -154,7 +156,7 @@ class ValkeyBackend(IndexBackend):
                         return cast("T", done.outcome)
                 except (Moved, Overtaken, Uncertain, Disconnected) as error:
                     problem = error
-        raise BackendUnavailable(str(problem) or f"valkey {self._server.address}: somebody else writes") from problem
+        raise BackendUnavailable(str(problem)) from problem
 
     def _attempt(self, call: object, change: Callable[[Transaction, Batch], T], commits: bool) -> T:
         position = self._position._replace(attempts=tuple(self._uncertain))

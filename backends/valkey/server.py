@@ -20,8 +20,8 @@ from valkey.credentials import CredentialProvider
 from ..errors import BackendCorrupt, BackendError, BackendFull, BackendUnavailable
 from .layout import Command
 
-_MOVES = 5
-"""How often a question follows a cluster from node to node."""
+_MOVES = 2
+"""How often a question is asked again, beside once for each server: a cluster says where, an idle connection went."""
 _IDLE_CONNECTIONS = 16
 
 _NOT_NOW = ("ASK ", "BUSY ", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
@@ -118,6 +118,11 @@ class Server:
         except (exceptions.ValkeyError, OSError) as error:
             self._leave()
             raise Disconnected(f"valkey {host}:{port}: {error}") from error
+        about = self.exchange(connection, [("INFO", "replication", "cluster")])[0]
+        if b"role:slave" in about and b"cluster_enabled:0" in about:
+            connection.disconnect()
+            self._leave()
+            raise Disconnected(f"valkey {host}:{port} is a replica, which may be behind")
         return connection
 
     def exchange(self, connection: Connection, commands: Sequence[Command]) -> list[Any]:
@@ -147,18 +152,17 @@ class Server:
 
     def ask(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to questions, asked together on a connection of their own."""
-        for _ in range(_MOVES):
+        refused: Disconnected | None = None
+        for _ in range(_MOVES + len(self._known)):
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
-            fresh = connection is None
-            connection = connection or self.connect()
             try:
+                connection = connection or self.connect()
                 replies = self.exchange(connection, commands)
             except Moved:
                 continue
-            except Disconnected:
-                if fresh:
-                    raise
+            except Disconnected as error:
+                refused = error
                 continue
             with self._lock:
                 keep = len(self._idle) < _IDLE_CONNECTIONS
@@ -167,7 +171,7 @@ class Server:
             if not keep:
                 connection.disconnect()
             return replies
-        raise BackendUnavailable(f"valkey {self.address}: no node of the cluster owns the index for long")
+        raise refused or BackendUnavailable(f"valkey {self.address}: no node of the cluster owns the index for long")
 
     def close(self) -> None:
         """Give up idle connections."""

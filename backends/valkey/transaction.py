@@ -45,6 +45,9 @@ class Committed(Exception):
 class Overtaken(Exception):
     """`meta` has changed since it was read. Nothing was written."""
 
+    def __str__(self) -> str:
+        return "valkey: somebody else writes the index, too"
+
 
 class Uncertain(Exception):
     """The reply to EXEC was lost."""

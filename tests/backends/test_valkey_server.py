@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,55 @@ def test_no_server_at_the_start_is_an_error_that_names_it(tmp_path: Path) -> Non
         open_valkey(tmp_path / "index", {"servers": ["127.0.0.1:1"], "timeout_ms": 200})
 
 
+# replicas
+
+
+def replica_of(primary: ValkeyServer, directory: Path) -> AbstractContextManager[ValkeyServer]:
+    return running_server(directory, {"replicaof": f"127.0.0.1 {primary.port}", "repl-diskless-sync-delay": "0"})
+
+
+def wait_for_replica(primary: ValkeyServer) -> None:
+    while int(primary.cli("WAIT", "1", "1000")) != 1:
+        pass
+
+
+def test_a_failover_to_a_replica_that_has_everything_goes_unnoticed(server: ValkeyServer, tmp_path: Path) -> None:
+    with replica_of(server, tmp_path / "replica") as replica:
+        servers = [replica.address, server.address]
+        backend = open_valkey(tmp_path / "index", {"servers": servers, "timeout_ms": 500})
+        backend.apply([store(A)], at(1))
+        wait_for_replica(server)
+        server.kill()
+        with pytest.raises(BackendUnavailable):
+            backend.apply([store(B)], at(2))
+        replica.cli("REPLICAOF", "NO", "ONE")
+
+        assert backend.apply([store(B)], at(2)) == ApplyResult(stored=1)
+        assert (len(backend.find(A)), len(backend.find(B))) == (1, 1)
+        backend.close()
+
+
+def test_a_failover_to_a_replica_that_was_behind_fences(server: ValkeyServer, tmp_path: Path) -> None:
+    with replica_of(server, tmp_path / "replica") as replica:
+        servers = [server.address, replica.address]
+        backend = open_valkey(tmp_path / "index", {"servers": servers, "timeout_ms": 500})
+        backend.apply([store(A)], at(1))
+        wait_for_replica(server)
+        replica.cli("REPLICAOF", "127.0.0.1", "1")
+        backend.apply([store(B)], at(2))
+        server.kill()
+        with pytest.raises(BackendUnavailable):
+            backend.apply([store(C)], at(3))
+        replica.cli("REPLICAOF", "NO", "ONE")
+
+        with pytest.raises(BackendLost, match="older state"):
+            backend.apply([store(C)], at(3))
+        backend.close()
+        again = open_valkey(tmp_path / "index", {"servers": servers, "timeout_ms": 500})
+        assert (again.cursors()["s"].seq, len(again)) == (1, 1)
+        again.close()
+
+
 # a cluster
 
 
@@ -311,7 +361,7 @@ def test_an_index_of_a_cluster_is_on_one_node_whichever_is_asked(tmp_path: Path)
             assert len(backend) == number + 1
             assert len(list(backend.snapshot())) == number + 1
             backend.close()
-        sizes = [int(node.cli("DBSIZE")) for node in nodes]
+        sizes = [len(node.cli("KEYS", "{kvcensus/main}*").split()) for node in nodes]
         assert sorted(sizes)[:2] == [0, 0]
 
         home = nodes[sizes.index(max(sizes))]
@@ -338,7 +388,7 @@ def test_a_slot_that_moves_to_another_node_is_followed(tmp_path: Path) -> None:
         backend = open_valkey(tmp_path / "index", {"servers": [nodes[0].address], "timeout_ms": 2000})
         backend.apply([store(*blocks(*range(1, 100)))], at(1))
         slot = nodes[0].cli("CLUSTER", "KEYSLOT", "{kvcensus/main}:meta")
-        home = max(nodes, key=lambda node: int(node.cli("DBSIZE")))
+        home = max(nodes, key=lambda node: len(node.cli("KEYS", "{kvcensus/main}*").split()))
         target = next(node for node in nodes if node is not home)
         names = {node.port: node.cli("CLUSTER", "MYID") for node in nodes}
         target.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", names[home.port])
