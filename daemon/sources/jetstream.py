@@ -272,7 +272,7 @@ class JetStreamBus(NatsBus):
     def _note_status(self, pull: _Pull, message: Msg) -> None:
         """The server says something of a request, or of the consumer."""
         headers = message.headers or {}
-        status, description = headers.get(_STATUS, ""), headers.get(_DESCRIPTION, "")
+        status, description = headers.get(_STATUS, ""), headers.get(_DESCRIPTION, "").partition("\n")[0].strip()
         if status == _HEARTBEAT:
             return
         if pull.requests.pop(message.subject, None) is None:
