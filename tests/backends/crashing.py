@@ -138,12 +138,9 @@ class CrashTest:
             backend.close()
         if held == content(self.expected):
             return
-        after_call = MemoryBackend()
-        for number in range(found + 1):
-            call_before(number, after_call)
-            after_call.apply(*batch(number))
-        call_before(found + 1, after_call)
-        assert held == content(after_call), f"after batch {found}"
+        # The next process makes this call again; once more changes nothing.
+        call_before(found + 1, self.expected)
+        assert held == content(self.expected), f"after batch {found}"
         self.between += 1
 
     def _advance(self, number: int) -> None:

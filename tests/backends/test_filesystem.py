@@ -330,6 +330,16 @@ def test_damage_that_a_snapshot_meets_is_told(tmp_path: Path) -> None:
     backend.close()
 
 
+def test_a_snapshot_is_given_up_when_its_daemon_is_gone(tmp_path: Path) -> None:
+    filled(tmp_path)
+    command = [sys.executable, "-P", "-m", "kvcensus.backends.filesystem.compactor", str(folder(tmp_path)), "6"]
+    before = sorted(folder(tmp_path).iterdir())
+    assert subprocess.run([*command, str(os.getppid())], check=False).returncode == 1
+    assert sorted(folder(tmp_path).iterdir()) == before
+    assert subprocess.run([*command, str(os.getpid())], check=False).returncode == 0
+    assert [number for number, _ in snapshots(folder(tmp_path))] == [6]
+
+
 def test_drafts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     filled(tmp_path)
     draft = folder(tmp_path) / "snapshot-0000000000000003.17.tmp"
