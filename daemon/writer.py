@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-from kvcensus.backends.errors import BackendFull, BackendUnavailable
+from kvcensus.backends.errors import BackendError, BackendFull, BackendUnavailable
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ApplyResult, ClearBlocks, Cursor, Operation, RemoveBlocks, StoreRun
 from kvcensus.translators.translation import Rejection, RejectReason, Translation, worker_id_of
@@ -80,6 +80,7 @@ class Writer(threading.Thread):
         self.error: BaseException | None = None
         self.full: str = ""
         self.full_since_ms = 0
+        self._is_away = False
         self._housekept_s = 0.0
         self._readers_seen_s = 0.0
 
@@ -145,12 +146,29 @@ class Writer(threading.Thread):
         rows = self._options.reclaim_rows
         while rows:
             try:
-                return self._backend.reclaim(rows)
+                more = self._backend.reclaim(rows)
             except BackendFull:
                 rows //= 8
-            except BackendUnavailable:
+            except BackendUnavailable as error:
+                self._cannot_write(error)
                 break
+            else:
+                if self._is_away:
+                    self._can_write()
+                return more
         return False
+
+    def _cannot_write(self, error: BackendError) -> None:
+        if not self.full:
+            self.full_since_ms = now_ms()
+            log.error(f"backend_{error.problem}", backend=self._backend.name(), detail=str(error))
+        self.full = str(error)
+        self._is_away = isinstance(error, BackendUnavailable)
+
+    def _can_write(self) -> None:
+        event = "backend_is_back" if self._is_away else "backend_has_room"
+        log.info(event, backend=self._backend.name())
+        self.full, self._is_away = "", False
 
     def _make_room(self) -> None:
         """Apply the clears of the batch that finds no room, and reclaim.
@@ -372,10 +390,7 @@ class Writer(threading.Thread):
                 result = self._backend.apply(self._operations, cursors)
             except (BackendFull, BackendUnavailable) as error:
                 self.counters.commit_errors += 1
-                if not self.full:
-                    self.full_since_ms = now_ms()
-                    log.error(f"backend_{error.problem}", backend=self._backend.name(), detail=str(error))
-                self.full = str(error)
+                self._cannot_write(error)
                 if self._abandon:
                     return None
                 if isinstance(error, BackendFull):
@@ -383,8 +398,7 @@ class Writer(threading.Thread):
                 time.sleep(_RETRY_FULL_S)
                 continue
             if self.full:
-                log.info("backend_has_room", backend=self._backend.name())
-                self.full = ""
+                self._can_write()
             return result
 
     def _count(self, result: ApplyResult) -> None:

@@ -51,6 +51,12 @@ def test_what_is_published_during_an_outage_of_the_server_is_in_the_index_after_
         wait_until(lambda: daemon.stream()["last_seq"] == RUNS - 1, "the second half is applied")
         wait_until(lambda: not problems(daemon), "the outage is over")
         assert daemon.copies() == {"w": held(*range(RUNS))}
+
+        server.kill()
+        wait_until(lambda: any("nothing can be written" in one for one in problems(daemon)), "an idle one tells it too")
+        server.start()
+        wait_until(lambda: not problems(daemon), "the second outage is over")
+        assert [line["event"] for line in daemon.log()].count("backend_is_back") == 2
         assert daemon.terminate() == 0
 
 
