@@ -22,6 +22,7 @@ from kvcensus.backends.errors import (
 from kvcensus.backends.model import ApplyResult, Cursor
 from kvcensus.backends.valkey.backend import ValkeyBackend, open_valkey
 from kvcensus.backends.valkey.server import Disconnected, Server
+from kvcensus.backends.valkey.shared import SharedReader
 from tests.valkey_servers import ValkeyServer, needs_server, running_cluster, running_server
 
 from .building import SCOPE, block, blocks, clear, store
@@ -405,3 +406,38 @@ def test_a_slot_that_moves_to_another_node_is_followed(tmp_path: Path) -> None:
         assert backend.apply([store(*blocks(*range(200, 300)))], at(2)).stored == 100
         assert len(list(backend.snapshot())) == 199
         backend.close()
+
+
+def test_a_reader_in_another_process_or_thread_never_sees_half_of_a_batch(server: ValkeyServer, tmp_path: Path) -> None:
+    backend = opened(server, tmp_path / "index")
+    reader = SharedReader({"servers": [server.address]})
+    hashes = blocks(*range(1, 301))
+    here = store(*hashes, worker="one")
+    there = store(*hashes, worker="two")
+    backend.apply([here])
+    done = threading.Event()
+    seen: list[tuple[str, ...]] = []
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            while not done.is_set():
+                matches = reader.match(SCOPE, hashes)
+                assert [one.blocks for one in matches] == [300], matches
+                seen.append(tuple(one.worker_id for one in matches))
+                assert len(backend.prefix_scan(SCOPE, hashes[100])) == 1
+        except BaseException as error:  # noqa: BLE001 - the test shows it
+            failures.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for _ in range(100):
+        backend.apply([there, clear("one")])
+        backend.apply([here, clear("two")])
+        backend.reclaim(500)
+    done.set()
+    asking.join()
+    assert not failures
+    assert len(set(seen)) == 2
+    reader.close()
+    backend.close()
