@@ -228,6 +228,11 @@ class ValkeyBackend(IndexBackend):
         self._write(("put", residency), lambda txn, batch: batch.put(residency))
         self._puts += 1
 
+    def put_all(self, residencies: Sequence[CacheResidency]) -> None:
+        many = tuple(residencies)
+        self._write(("put", many), lambda txn, batch: batch.put_all(many))
+        self._puts += len(many)
+
     def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
         removed = self._write(
             ("remove", scope, worker_id, block_hash),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,19 +23,23 @@ from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import CacheResidency, ClearBlocks, Cursor, GroupKind, GroupSpec, Operation
 from kvcensus.backends.registry import open_backend, why_unusable
+from kvcensus.daemon.config import Config, HttpConfig
 from kvcensus.daemon.moving.checking import findings
 from kvcensus.daemon.moving.copying import TargetNotEmpty, copy
 from kvcensus.daemon.moving.differing import Difference, Kind, differences
 from kvcensus.daemon.moving.location import Content, Location
 from kvcensus.daemon.moving.ordering import in_order
+from kvcensus.daemon.service import Service
 from kvcensus.translators.translation import TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 from tests.backends.building import DRAM, LORA, block, blocks, key, residency, store
 from tests.captures_reader import load_capture
+from tests.valkey_servers import why_untested, with_server
 
 KVCENSUS = [sys.executable, "-m", "kvcensus.daemon.cli"]
 CAPTURES = ("vllm-0.32.0-evict", "vllm-0.32.0-swa", "vllm-0.32.0-lora", "vllm-0.32.0-dups")
 ON_DISK = [name for name in ("lmdb", "filesystem", "rocksdb") if not why_unusable(name)]
+EVERY = ["memory", *ON_DISK, "valkey"]
 WINDOW = GroupSpec(GroupKind.WINDOW, 128, 16)
 
 
@@ -66,7 +71,9 @@ def found(a: IndexBackend, b: IndexBackend, folder: Path, *, cursors: bool = Fal
 @pytest.fixture
 def fed(tmp_path: Path) -> Iterator[dict[str, IndexBackend]]:
     backends: dict[str, IndexBackend] = {"memory": MemoryBackend()}
-    backends |= {name: open_backend(name, tmp_path / name) for name in ON_DISK}
+    for name in EVERY[1:]:
+        if not why_untested(name):
+            backends[name] = open_backend(name, tmp_path / name, with_server(name, {}))
     for backend in backends.values():
         feed(backend)
     yield backends
@@ -128,9 +135,11 @@ def test_rows_are_in_order_whatever_fits_into_memory(rows: int, tmp_path: Path) 
 # copying
 
 
-@pytest.mark.parametrize("name", ["memory", *ON_DISK])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_copy_is_equal_in_all_and_answers_alike(name: str, fed: dict[str, IndexBackend], tmp_path: Path) -> None:
-    source, target = fed["memory"], open_backend(name, tmp_path / "copy")
+    if problem := why_untested(name):
+        pytest.skip(problem)
+    source, target = fed["memory"], open_backend(name, tmp_path / "copy", with_server(name, {}))
     told: list[int] = []
     try:
         copy(content(source), target, told.append)
@@ -213,8 +222,10 @@ def test_until_a_copy_is_whole_each_worker_has_a_cursor_that_a_daemon_drops_with
 # checking
 
 
-@pytest.mark.parametrize("name", ["memory", *ON_DISK])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_sound_index_has_no_findings(name: str, fed: dict[str, IndexBackend]) -> None:
+    if problem := why_untested(name):
+        pytest.skip(problem)
     assert list(findings(fed[name])) == []
     fed[name].apply([ClearBlocks(CAPTURES[0])])
     assert list(findings(fed[name])) == []
@@ -377,6 +388,21 @@ def test_compacted_and_backed_up_by_command(name: str, tmp_path: Path) -> None:
     assert (compared.returncode, compared.stdout, compared.stderr) == (0, "", "")
 
 
+def test_copied_to_a_server_and_back(tmp_path: Path) -> None:
+    if problem := why_untested("valkey"):
+        pytest.skip(problem)
+    options = "&".join(f"{key}={json.dumps(value)}" for key, value in with_server("valkey", {}).items())
+    source, server = make("lmdb", tmp_path / "a"), f"valkey:{tmp_path / 'v'}?{options}"
+    assert kvcensus("copy", source, server).returncode == 0
+    assert kvcensus("verify", server).returncode == 0
+    assert kvcensus("copy", server, f"lmdb:{tmp_path / 'b'}").returncode == 0
+    compared = kvcensus("diff", source, f"lmdb:{tmp_path / 'b'}", "--cursors")
+    assert (compared.returncode, compared.stdout) == (0, "")
+    refused = kvcensus("backup", server, tmp_path / "c")
+    assert refused.returncode == 69
+    assert "on a server" in refused.stderr
+
+
 def test_of_other_backends_a_running_daemon_is_named(tmp_path: Path) -> None:
     make("filesystem", tmp_path / "a")
     running = open_backend("filesystem", tmp_path / "a")
@@ -429,3 +455,50 @@ def test_an_interrupted_copy_leaves_an_empty_target(tmp_path: Path) -> None:
     target = LmdbBackend(tmp_path / "b")
     assert (len(target), target.cursors(), target.holdings()) == (0, {}, [])
     target.close()
+
+
+def test_a_copy_that_was_killed_is_dropped_by_the_daemon_that_finds_it(tmp_path: Path) -> None:
+    source = LmdbBackend(tmp_path / "a")
+    source.apply([store(*blocks(*range(1, 200_001)), worker="w")], [Cursor("s", 1, 5, worker_id="w")])
+    source.close()
+    with subprocess.Popen(
+        [*KVCENSUS, "backend", "copy", f"lmdb:{tmp_path / 'a'}", f"lmdb:{tmp_path / 'b'}"], stderr=subprocess.PIPE
+    ) as copying:
+        while not (tmp_path / "b" / "index.mdb").exists() or (tmp_path / "b" / "index.mdb").stat().st_size < 1 << 20:
+            assert copying.poll() is None
+            time.sleep(0.005)
+        copying.kill()
+    target = LmdbBackend(tmp_path / "b")
+    assert 0 < len(target) < 200_000
+    assert list(target.cursors()) == ["unfinished copy of w"]
+    target.close()
+
+    service = Service(Config(data_dir=str(tmp_path / "b"), http=HttpConfig(listen="")))
+    service.start()
+    assert (len(service.backend), service.backend.cursors()) == (0, {})
+    assert service.stop(10)
+
+
+def test_compacting_that_is_killed_leaves_the_whole_index(tmp_path: Path) -> None:
+    data, chance = tmp_path / "data", random.Random(7)
+    index, kept = LmdbBackend(data), MemoryBackend()
+    for one in (index, kept):
+        one.apply([store(*blocks(*range(1, 30_001)))], [Cursor("s", 1, 5)])
+    index.close()
+    compacts = (
+        "import sys; from pathlib import Path; from kvcensus.backends.lmdb import LmdbBackend\n"
+        "index = LmdbBackend(Path(sys.argv[1])); print('compacts', flush=True)\n"
+        "while True: index.compact()"
+    )
+    for kill in range(6):
+        with subprocess.Popen([sys.executable, "-c", compacts, str(data)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"compacts\n"
+            time.sleep(chance.uniform(0, 0.3))
+            assert process.poll() is None
+            process.kill()
+        index = LmdbBackend(data)
+        assert found(index, kept, tmp_path / str(kill), cursors=True) == []
+        for one in (index, kept):
+            one.apply([store(block(100_000 + kill))], [Cursor("s", 1, 6 + kill)])
+        index.close()
