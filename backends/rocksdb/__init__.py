@@ -1,6 +1,1 @@
-"""An index in RocksDB."""
-
-from .backend import RocksdbBackend
-from .store import Durability, Memory
-
-__all__ = ["Durability", "Memory", "RocksdbBackend"]
+"""An index in RocksDB. Only `backend`, `store` and what uses them need `rocksdict`."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,14 +30,18 @@ from ..model import (
 from ..ownership import Owner
 from .batch import Batch
 from .catalog import WriterCatalog, cursor_key
+from .options import Durability, OnCorrupt, Resources
 from .reader import Reader
 from .rows import BLOCKS, META_KEY, NUMBER, SCHEMA, place_of
-from .store import Durability, Memory, Store
+from .store import Store
 
 T = TypeVar("T")
 
 DATABASE = "rocksdb"
 """The folder of the database in the data directory."""
+
+SUSPECT_FILE = "suspect.txt"
+"""Why the whole index is to be read before it is used, if it is."""
 
 _SCHEMA_KEY = META_KEY + b"schema"
 _encode = msgspec.msgpack.encode
@@ -44,19 +51,31 @@ class RocksdbBackend(IndexBackend):
     """An index in `directory`, which this process owns until `close`."""
 
     def __init__(
-        self, directory: Path, *, durability: Durability = Durability.PROCESS, memory: Memory | None = None
+        self,
+        directory: Path,
+        *,
+        durability: Durability = Durability.PROCESS,
+        resources: Resources | None = None,
+        on_corrupt: OnCorrupt = OnCorrupt.REFUSE,
     ) -> None:
-        """Open or create. Raises BackendBusy, BackendFormat, BackendCorrupt or BackendError."""
+        """Open or create. Raises BackendBusy, BackendFormat, BackendCorrupt or BackendError.
+
+        A damaged index is refused, or with `on_corrupt` moved aside (`moved_aside`) for a new one. Where damage was
+        found the last time, the whole of it is read first.
+        """
         self._path = directory / DATABASE
+        self._suspect = directory / SUSPECT_FILE
+        self.moved_aside: Path | None = None
+        self.moved_for = ""
         self._owner = Owner(directory)
         try:
-            self._store = Store(self._path, durability, memory or Memory())
             try:
-                self._check_schema()
-                self._catalog = WriterCatalog(self._store)
-            except BaseException:
-                self._store.close()
-                raise
+                self._open(durability, resources or Resources())
+            except BackendCorrupt as error:
+                if on_corrupt is not OnCorrupt.REBUILD:
+                    raise
+                self.moved_aside, self.moved_for = self._move_aside(), str(error)
+                self._open(durability, resources or Resources())
         except BaseException:
             self._owner.release()
             raise
@@ -65,6 +84,27 @@ class RocksdbBackend(IndexBackend):
         self._puts = self._removes = 0
         self._sweep_at = BLOCKS[0]
         self._sweeping: frozenset[int] = frozenset()
+
+    def _open(self, durability: Durability, resources: Resources) -> None:
+        self._store = Store(self._path, durability, resources)
+        try:
+            if self._suspect.exists():
+                self._store.read_everything()
+                self._suspect.unlink()
+            self._check_schema()
+            self._catalog = WriterCatalog(self._store)
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _move_aside(self) -> Path:
+        """Move the database out of the way, and drop what was moved there before. Returns where it is now."""
+        for path in self._path.parent.glob(f"{DATABASE}.corrupt-*"):
+            shutil.rmtree(path)
+        aside = self._path.with_name(f"{DATABASE}.corrupt-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+        self._path.rename(aside)
+        self._suspect.unlink(missing_ok=True)
+        return aside
 
     def _check_schema(self) -> None:
         stored = self._store.get(_SCHEMA_KEY)
@@ -204,6 +244,14 @@ class RocksdbBackend(IndexBackend):
             live_bytes=self._store.number("estimate-live-data-size"), readers=self._store.number("num-snapshots")
         )
 
+    def checkpoint(self, directory: Path) -> None:
+        """Make a data directory of the index as it is now, from any thread. Large files are shared as hard links.
+
+        `directory` must not have an index. Raises BackendError.
+        """
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._store.checkpoint(directory / DATABASE)
+
     def damage(self) -> BackendCorrupt | None:
         return self._store.damage
 
@@ -211,6 +259,9 @@ class RocksdbBackend(IndexBackend):
         self._store.compact()
 
     def close(self) -> None:
+        if damage := self.damage():
+            with suppress(OSError):
+                self._suspect.write_text(f"{damage}\n")
         try:
             self._store.close()
         finally:
@@ -218,7 +269,8 @@ class RocksdbBackend(IndexBackend):
 
 
 def open_rocksdb(directory: Path, options: Mapping[str, Any]) -> RocksdbBackend:
-    """For the registry. `options` are `durability` and the fields of Memory. Raises BackendError."""
+    """For the registry. `options` are `durability`, `on_corrupt` and the fields of Resources. Raises BackendError."""
     chosen = dict(options)
     durability = Durability(chosen.pop("durability", Durability.PROCESS))
-    return RocksdbBackend(directory, durability=durability, memory=Memory(**chosen))
+    on_corrupt = OnCorrupt(chosen.pop("on_corrupt", OnCorrupt.REFUSE))
+    return RocksdbBackend(directory, durability=durability, on_corrupt=on_corrupt, resources=Resources(**chosen))

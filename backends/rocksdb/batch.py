@@ -38,6 +38,8 @@ from .rows import (
 )
 from .store import Store
 
+_LINKED = b""
+"""The value of a link."""
 _HEAD = Struct(">II")
 _INDEX = Struct(">i")
 _TAIL = Struct(">IQQB")
@@ -62,7 +64,8 @@ class Batch:
         self._rows: dict[bytes, bytes | None] = {}
         """By key, as they will be; None for no row."""
         self._stored: dict[bytes, bytes] = {}
-        self._links: dict[bytes, bool] = {}
+        self._links: dict[bytes, bytes | None] = {}
+        """By key; None for a link that is to go."""
         self._everything = False
         self.result = ApplyResult()
 
@@ -142,22 +145,27 @@ class Batch:
         return self._rows[key]
 
     def finish(self) -> WriteBatch:
-        """The batch of rows, links, counts and names."""
+        """The batch of rows, links, counts and names.
+
+        In key order: RocksDB then finds its way among the new records with what the last key left in the caches of the
+        processor, which makes large batches several times cheaper.
+        """
         batch = WriteBatch(raw_mode=True)
         put, delete, stored = batch.put, batch.delete, self._stored
         if self._everything:
             batch.delete_range(*BLOCKS)
-        for key, row in self._rows.items():
-            if row is None:
-                if key in stored:
-                    delete(key)
-            elif row is not stored.get(key):
-                put(key, row)
-        for key, wanted in self._links.items():
-            if wanted:
-                put(key, b"")
-            else:
+        writes: dict[bytes, bytes | None] = {
+            key: row
+            for key, row in self._rows.items()
+            if (row is not stored.get(key) if row is not None else key in stored)
+        }
+        writes.update(self._links)
+        for key in sorted(writes):
+            value = writes[key]
+            if value is None:
                 delete(key)
+            else:
+                put(key, value)
         self._catalog.flush(batch)
         return batch
 
@@ -188,12 +196,12 @@ class Batch:
             first = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, 0) + b"\x00"
         else:
             first = tail + name_of(parent)
-            self._links[name_of(parent) + infix + hashes[0]] = True
+            self._links[name_of(parent) + infix + hashes[0]] = _LINKED
         indexes = map(_INDEX.pack, range(index, index + count)) if index >= 0 else repeat(_INDEX.pack(-1))
         tails = chain((first,), map(tail.__add__, names))
         self._rows.update(zip(keys, map(b"".join, zip(repeat(head), indexes, tails))))
         if count > 1:
-            self._links.update(zip(map(add, names, map(infix.__add__, hashes[1:])), repeat(True)))
+            self._links.update(zip(map(add, names, map(infix.__add__, hashes[1:])), repeat(_LINKED)))
         self._catalog.count(place, count, count * run.bytes_per_block)
         self.result.stored += count
 
@@ -267,10 +275,10 @@ class Batch:
         parents = {entry.parent for entry in new}
         for parent in was - parents:
             if parent is not None:
-                self._links[name_of(parent) + infix + block_hash] = False
+                self._links[name_of(parent) + infix + block_hash] = None
         for parent in parents - was:
             if parent is not None:
-                self._links[name_of(parent) + infix + block_hash] = True
+                self._links[name_of(parent) + infix + block_hash] = _LINKED
 
     def _remove(self, removal: RemoveBlocks, places: tuple[int, ...], keys: list[bytes]) -> None:
         hashes = removal.block_hashes
@@ -292,7 +300,7 @@ class Batch:
             if copies == 1 and is_sole(row):
                 rows[key] = None
                 if row[PARENT_LEN_AT - 1] & PARENT_KNOWN:
-                    links[row[PARENT_LEN_AT:] + infix + hashes[at]] = False
+                    links[row[PARENT_LEN_AT:] + infix + hashes[at]] = None
                 found[at] += 1
                 removed += 1
                 size += entry_size
@@ -358,8 +366,7 @@ class Batch:
 
     def sweep(self, keys: Iterable[bytes]) -> None:
         """Delete rows and links of dead places."""
-        for key in keys:
-            self._links[key] = False
+        self._links.update(dict.fromkeys(keys))
 
 
 def _concerns(row: PlaceRow, removal: RemoveBlocks) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from enum import StrEnum
 from pathlib import Path
 from struct import error as StructError  # noqa: N812 - an exception, named like one
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import WeakSet
 
 import msgspec
@@ -32,6 +31,7 @@ from rocksdict import (
 
 from ..entries import LivePlaces, live_places
 from ..errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat, BackendFull
+from .options import Durability, Resources
 from .rows import PREFIX_SIZE
 
 UNDECODABLE = (StructError, IndexError, KeyError, UnicodeDecodeError, msgspec.DecodeError)
@@ -50,21 +50,6 @@ _CHUNK = 1024
 _FULL = ("No space left", "NoSpace", "Space limit reached", "Disk quota exceeded")
 _BUSY = ("lock hold by current process", "While lock file", "Resource temporarily unavailable")
 _UNKNOWN_FORMAT = ("Unknown Footer version", "unsupported format", "Unsupported compression", "Could not load options")
-
-
-class Durability(StrEnum):
-    """What a commit survives. `process`: the end of the process. `machine`: a crash of the machine too."""
-
-    PROCESS = "process"
-    MACHINE = "machine"
-
-
-class Memory(NamedTuple):
-    """What RocksDB may use, in bytes and threads. `rocksdb` of the configuration says why so much."""
-
-    write_buffer_bytes: int = 64 << 20
-    block_cache_bytes: int = 128 << 20
-    background_jobs: int = 2
 
 
 class Question:
@@ -131,7 +116,7 @@ class Pinned:
 class Store:
     """An open database. One thread writes, any thread asks."""
 
-    def __init__(self, path: Path, durability: Durability, memory: Memory) -> None:
+    def __init__(self, path: Path, durability: Durability, resources: Resources) -> None:
         """Open or create. Raises the errors of `backends.errors`."""
         self._path = path
         self._moment = threading.Condition()
@@ -146,7 +131,7 @@ class Store:
         self._near.set_prefix_same_as_start(True)
         self._far.set_total_order_seek(True)
         self._db: Rdict | None = None
-        options = _options(memory)
+        options = _options(resources)
         with self._named():
             # Without the second mention the options of the last time are used, and a cache of 8 MiB.
             self._db = Rdict(str(path), options, {"default": options})
@@ -275,6 +260,11 @@ class Store:
             except BackendFull as error:
                 raise BackendError(f"the last batch cannot be synced: {error}") from error
 
+    def read_everything(self) -> None:
+        """Every block of every file, against its checksum. Raises BackendCorrupt."""
+        for _ in self.walk(self.pin(), b"", b"\xff\xff"):
+            pass
+
     def checkpoint(self, path: Path) -> None:
         """A copy of the index as it is now at `path`, which must not exist; its large files are hard links."""
         with self._named():
@@ -307,23 +297,28 @@ class Store:
             for pinned in list(self._pinned):
                 pinned.release()
             self._moment.wait_for(lambda: not self._asking)
-        with self._named():
-            db.flush_wal(sync=True)
-            db.close()
+        try:
+            # On a full disk neither can be done, and nothing is lost: every batch is in the log.
+            with suppress(Exception):
+                db.flush_wal(sync=True)
+            with suppress(Exception):
+                db.close()
+        finally:
+            del db
 
 
-def _options(memory: Memory) -> Options:
+def _options(resources: Resources) -> Options:
     tables = BlockBasedOptions()
     tables.set_bloom_filter(_BLOOM_BITS, False)
-    tables.set_block_cache(Cache(memory.block_cache_bytes))
+    tables.set_block_cache(Cache(resources.block_cache_bytes))
     options = Options(raw_mode=True)
     options.create_if_missing(True)
     options.set_block_based_table_factory(tables)
     options.set_prefix_extractor(SliceTransform.create_fixed_prefix(PREFIX_SIZE))
     options.set_memtable_prefix_bloom_ratio(_MEMTABLE_FILTER)
     options.set_memtable_whole_key_filtering(True)
-    options.set_write_buffer_size(memory.write_buffer_bytes)
-    options.set_max_background_jobs(memory.background_jobs)
+    options.set_write_buffer_size(resources.write_buffer_bytes)
+    options.set_max_background_jobs(resources.background_jobs)
     options.set_compression_type(DBCompressionType.lz4())
     options.add_compact_on_deletion_collector_factory(*_TOMBSTONES)
     options.set_wal_recovery_mode(DBRecoveryMode.point_in_time())

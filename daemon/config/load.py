@@ -14,12 +14,16 @@ from typing import Any
 import msgspec
 
 from .errors import ConfigError, InvalidValue
+from .filesystem import FilesystemConfig
 from .model import Config, HttpConfig, IndexConfig, LogConfig, QuarantineConfig, WriterConfig
 from .nats import NatsConfig
 from .nats_servers import NatsServers
 from .relay import RelayConfig
+from .rocksdb import RocksdbConfig
+from .shadow import ShadowConfig
 from .source import SourceConfig
 from .toml_lines import line_of
+from .valkey import ValkeyConfig
 
 ENVIRONMENT_PREFIX = "KVCENSUS__"
 """Two underscores: Kubernetes sets KVCENSUS_PORT when a Service has the program's name."""
@@ -35,8 +39,15 @@ _STRUCTS = (
     NatsConfig,
     NatsServers,
     RelayConfig,
+    ShadowConfig,
+    FilesystemConfig,
+    RocksdbConfig,
+    ValkeyConfig,
 )
-_SECTIONS = ("http", "index", "writer", "quarantine", "log", "relay", "shadow")
+_SECTIONS = (
+    *("http", "index", "writer", "quarantine", "log", "relay", "shadow"),
+    *("filesystem", "rocksdb", "valkey"),
+)
 _AT = re.compile(r"(?P<reason>.*?)(?: - at `\$\.?(?P<key>.*?)`)?", re.DOTALL)
 _FIELD = re.compile(r"Object (?P<verb>contains unknown|missing required) field `(?P<field>[^`]*)`")
 _TOML_PLACE = re.compile(r"(?P<reason>.*) \(at (?:line (?P<line>[0-9]+), column [0-9]+|end of document)\)", re.DOTALL)

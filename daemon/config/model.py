@@ -19,11 +19,14 @@ from kvcensus.backends.registry import why_unusable
 from ..credentials import CredentialError, open_to_others, read_tokens, server_tls
 from .endpoints import ANY_IPV4, Endpoint, is_loopback, listen_address
 from .errors import InvalidValue
+from .filesystem import FilesystemConfig
 from .nats import NatsConfig
 from .relay import RelayConfig
+from .rocksdb import RocksdbConfig
 from .section import MIB, NotNegative, Positive, PositiveBytes, Section
 from .shadow import ShadowConfig
 from .source import SourceConfig, StreamConfig
+from .valkey import ValkeyConfig
 
 _MAX_SOURCES = 1024
 _MAX_BUSES = 64
@@ -208,6 +211,9 @@ class Config(Section, frozen=True):
     log: LogConfig = LogConfig()
     relay: RelayConfig = RelayConfig()
     shadow: ShadowConfig = ShadowConfig()
+    filesystem: FilesystemConfig = FilesystemConfig()
+    rocksdb: RocksdbConfig = RocksdbConfig()
+    valkey: ValkeyConfig = ValkeyConfig()
     options: dict[str, Any] = msgspec.field(default_factory=dict)
     """For a backend from another package: whatever it says that it takes."""
     sources: Annotated[tuple[SourceConfig, ...], msgspec.Meta(max_length=_MAX_SOURCES)] = ()
@@ -268,6 +274,8 @@ class Config(Section, frozen=True):
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, one sentence each."""
         found = self.http.warnings() + [warning for source in self.sources for warning in source.warnings()]
+        if self.backend == "valkey":
+            found += [f"valkey.{warning}" for warning in self.valkey.warnings()]
         found += [warning for bus in self.nats for warning in bus.warnings()]
         if not self.sources and not self.nats:
             return [*found, "no source is configured: nothing will be followed"]

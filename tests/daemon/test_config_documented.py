@@ -13,6 +13,7 @@ import pytest
 from kvcensus.daemon.cli import COMMANDS
 from kvcensus.daemon.config import (
     Config,
+    FilesystemConfig,
     HttpConfig,
     IndexConfig,
     LogConfig,
@@ -20,8 +21,10 @@ from kvcensus.daemon.config import (
     NatsServers,
     QuarantineConfig,
     RelayConfig,
+    RocksdbConfig,
     ShadowConfig,
     SourceConfig,
+    ValkeyConfig,
     WriterConfig,
     load_config,
 )
@@ -41,6 +44,9 @@ HEADINGS: dict[str, type[msgspec.Struct]] = {
     "`[nats.connection]`": NatsServers,
     "`[relay]`": RelayConfig,
     "`[shadow]`": ShadowConfig,
+    "`[filesystem]`": FilesystemConfig,
+    "`[rocksdb]`": RocksdbConfig,
+    "`[valkey]`": ValkeyConfig,
 }
 DERIVED = {"name", "tokenizer", "connection"}
 """Settings whose default is made from another one."""

@@ -12,6 +12,7 @@ from kvcensus.daemon.engine_sockets import ReplayFraming
 from kvcensus.daemon.recording import Recording
 
 from ..captures_reader import CAPTURES, Stage, capture_names, load_capture
+from ..valkey_servers import why_untested, with_server
 from .daemon_process import DaemonProcess, wait_until
 
 NAMES = capture_names("vllm")
@@ -21,19 +22,24 @@ def framing_of(name: str) -> ReplayFraming:
     return ReplayFraming.NEW if "0.32" in name else ReplayFraming.OLD
 
 
-@pytest.fixture(scope="module", params=["memory", "lmdb"])
+@pytest.fixture(scope="module", params=["memory", "lmdb", "filesystem", "rocksdb", "valkey"])
 def fleet(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[DaemonProcess, dict[str, ReplayedEngine]]]:
     """One daemon that follows every captured engine at once."""
+    if missing := why_untested(request.param):
+        pytest.skip(missing)
     directory: Path = tmp_path_factory.mktemp(request.param)
     engines = {
         name: ReplayedEngine(Recording(CAPTURES / f"{name}.jsonl.gz"), framing=framing_of(name)).start()
         for name in NAMES
     }
     config = directory / "kvcensus.toml"
+    servers = with_server(request.param, {}).get("servers")
+    table = f"[valkey]\nservers = {servers}\n" if servers else ""
     config.write_text(
-        "".join(
+        table
+        + "".join(
             f'[[sources]]\nname = "{name}"\n'
             f'endpoint = "{engine.endpoint}"\nreplay_endpoint = "{engine.replay_endpoint}"\n'
             f"count_copies = {'false' if 'fullreport' in name else 'true'}\n"
