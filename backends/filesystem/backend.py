@@ -35,6 +35,8 @@ MIB = 1 << 20
 SEGMENT_BYTES = 64 * MIB
 SNAPSHOT_AFTER_BYTES = 64 * MIB
 _FOLDER = "journal"
+_OVERDUE = 2
+"""A snapshot is made before anything else when the journal is so many times what calls for one."""
 _OWNER_WAIT_S = 2
 """A process killed while it starts the one that makes a snapshot leaves its lock there, until that has begun."""
 
@@ -112,6 +114,15 @@ class FilesystemBackend(IndexBackend):
         self._journal_bytes = found.journal_bytes
         self._retry_above = 0
         self._written = 0
+        if self._journal_bytes > _OVERDUE * max(self._snapshot_after, self._snapshot_bytes):
+            self._compact_at_opening()
+
+    def _compact_at_opening(self) -> None:
+        """Processes that end before their snapshot is made must not leave ever more to be read."""
+        try:
+            self.compact()
+        except BackendError as error:
+            self.snapshot_problem = str(error)
 
     def _discard_if_machine_crashed(self) -> bool:
         if not lost_in_machine_crash(self._directory):

@@ -302,6 +302,18 @@ def test_a_compacted_index_is_read_from_its_snapshot_alone(tmp_path: Path) -> No
     assert content(index) == content(wanted)
 
 
+def test_a_snapshot_that_is_overdue_is_made_at_opening(tmp_path: Path) -> None:
+    """A daemon that never lives long enough for one must not have ever more to read."""
+    backend = FilesystemBackend(tmp_path)
+    wanted = busy(backend, 0, 30)
+    backend.close()
+    backend = small(tmp_path)
+    assert [number for number, _ in snapshots(folder(tmp_path))] == [30]
+    assert len(segments(folder(tmp_path))) == 1
+    assert content(backend) == content(wanted)
+    backend.close()
+
+
 def test_a_snapshot_that_fails_is_said_and_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = small(tmp_path)
     with monkeypatch.context() as patch:
