@@ -24,7 +24,8 @@ class Latency(msgspec.Struct, frozen=True):
     p999_us: float
 
 
-def _measure(ask: Callable[[int], object], times: int) -> Latency:
+def measure(ask: Callable[[int], object], times: int) -> Latency:
+    """How long `ask` takes, asked `times` times with the number of the question, after a warm-up."""
     for number in range(_WARM_UP):
         ask(number)
     taken = []
@@ -46,7 +47,7 @@ def match_in_process(backend: IndexBackend, chains: Sequence[Sequence[bytes]], b
     """`match` of chains of which every block is held."""
     queries = _queries(chains, blocks)
     assert backend.match(None, queries[0])[0].blocks == blocks
-    return _measure(lambda number: backend.match(None, queries[number % len(queries)]), times)
+    return measure(lambda number: backend.match(None, queries[number % len(queries)]), times)
 
 
 def match_over_http(port: int, chains: Sequence[Sequence[bytes]], blocks: int, times: int) -> Latency:
@@ -63,7 +64,7 @@ def match_over_http(port: int, chains: Sequence[Sequence[bytes]], blocks: int, t
 
         found = ask(0)["workers"]
         assert found[0]["blocks"] == blocks, found
-        return _measure(ask, times)
+        return measure(ask, times)
 
 
 def _request(body: bytes) -> bytes:

@@ -22,6 +22,7 @@ from ..bench.nats import Read, read_core, read_jetstream, server
 from ..bench.processes import fed_daemon, rss_mb
 from ..collector import settle_collector
 from ..writer import WriterOptions
+from .bench_backends import backends
 
 _FEWER = 5
 """Of messages with one block each a fifth is enough to measure."""
@@ -31,7 +32,7 @@ _MEMORY_BLOCKS_PER_S = 100_000
 """Slow enough that no message waits: what waits is bounded by the configuration, not by the index."""
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--source", type=click.Choice(["zmq", "nats"]), default="zmq", show_default=True, help="What is read.")
 @click.option("--nats-server", default="nats-server", show_default=True, help="Program of the server, for NATS.")
 @click.option("--blocks", default=1_000_000, show_default=True, help="Blocks to ingest.")
@@ -39,13 +40,23 @@ _MEMORY_BLOCKS_PER_S = 100_000
 @click.option("--rounds", default=3, show_default=True, help="Repetitions of each ingest; the median is shown.")
 @click.option("--work-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the index files go.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of tables.")
+@click.pass_context
 def bench(
-    source: str, nats_server: str, blocks: int, rss_blocks: str, rounds: int, work_dir: Path | None, as_json: bool
+    ctx: click.Context,
+    source: str,
+    nats_server: str,
+    blocks: int,
+    rss_blocks: str,
+    rounds: int,
+    work_dir: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure this machine. Every limit is measured in the same run as what is compared with it.
 
     With --source nats: core NATS and JetStream beside a bare nats-py consumer of the same messages.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     console = Console(stderr=True)
     settle_collector()
     results: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count(), "blocks": blocks}
@@ -77,6 +88,9 @@ def bench(
         click.echo(json.dumps(results, indent=2))
     else:
         _show(results)
+
+
+bench.add_command(backends)
 
 
 def _median(figures: list[float]) -> float:
