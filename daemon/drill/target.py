@@ -59,7 +59,7 @@ class Target(msgspec.Struct, frozen=True):
 def own_sources(seed: int) -> tuple[SourceConfig, ...]:
     """Two engines, one with two ranks, in wire formats of the seed's choice."""
     random = Random(f"sources {seed}")
-    types = [random.choice(list(SourceType)), SourceType.VLLM]
+    types = [random.choice([SourceType.VLLM, SourceType.SGLANG]), SourceType.VLLM]
     return tuple(
         SourceConfig(
             endpoint="tcp://127.0.0.1:1",

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcensus.backends.model import CacheTier
-from kvcensus.daemon.config import Config, SourceConfig, load_config
+from kvcensus.daemon.config import Config, SourceConfig, SourceType, load_config
 from kvcensus.daemon.drill.faults import ABOUT, Excuse, Fault, UnknownFault, parse_faults
 from kvcensus.daemon.drill.lies import lie
 from kvcensus.daemon.drill.oracle import Outcome, compare, index_of
 from kvcensus.daemon.drill.plan import make_plan
-from kvcensus.daemon.drill.target import toml_text
+from kvcensus.daemon.drill.target import own_sources, toml_text
 from kvcensus.daemon.recording import RecordedMessage
 from kvcensus.daemon.simulate.cache import Held
 from kvcensus.daemon.simulate.engine import Truth
@@ -150,3 +150,8 @@ def test_the_configuration_written_is_the_one_that_is_read(tmp_path: Path) -> No
     path = tmp_path / "kvcensus.toml"
     path.write_text(toml_text(config))
     assert load_config(path, {}) == config
+
+
+def test_every_seed_has_engines_that_can_be_simulated() -> None:
+    types = {source.type for seed in range(50) for source in own_sources(seed)}
+    assert types == {SourceType.VLLM, SourceType.SGLANG}
