@@ -32,6 +32,13 @@ def _parts(text: str) -> list[str]:
     return [one for part in text.split(",") if (one := part.strip())]
 
 
+def _server(ctx: click.Context, option: click.Parameter, text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if text and not (host and port.isdecimal()):
+        raise click.BadParameter(f"{text!r} is not HOST:PORT")
+    return text
+
+
 def _backends(named: str, server: str) -> list[str]:
     if not named:
         return [name for name in usable_backends() if name != _SERVER or server]
@@ -79,7 +86,14 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--engine", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True, help="Of the recordings."
 )
-@click.option("--valkey", "server", default="", metavar="HOST:PORT", help="Server for valkey; what is made is cleared.")
+@click.option(
+    "--valkey",
+    "server",
+    callback=_server,
+    default="",
+    metavar="HOST:PORT",
+    help="Server for valkey; what is made is cleared.",
+)
 @click.option("--work-dir", type=_FOLDER, help="Where the files of the indexes go; a file system on a disk.")
 @click.option("--json", "json_file", type=_FILE, help="Write the figures there.")
 @click.option("--markdown", "markdown_file", type=_FILE, help="Write the tables there, with the method.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from kvcensus.backends.memory import MemoryBackend
 from kvcensus.daemon.bench.backends.plots import PlotsUnavailable, require_matplotlib
 from kvcensus.daemon.bench.backends.trace_file import TraceReader
 from kvcensus.daemon.bench.backends.traces import SIMULATED, make_trace
+from tests.valkey_servers import ValkeyServer, needs_server
 
 BENCH = [sys.executable, "-m", "kvcensus.daemon.cli", "bench"]
 CAPTURE = Path(__file__).parents[1] / "captures" / "vllm-0.32.0-evict.jsonl.gz"
@@ -128,6 +130,7 @@ def test_plots_without_matplotlib_are_refused_before_anything_is_measured(
         (["--backends", "nothing"], "there is no backend nothing"),
         (["--backends", "valkey"], "valkey"),
         (["--traces", "capture:/nowhere"], "nor a recording"),
+        (["--valkey", "somewhere"], "is not HOST:PORT"),
         (["--sizes", "ten"], "'ten'"),
     ],
 )
@@ -135,6 +138,23 @@ def test_what_cannot_be_measured_is_said(arguments: list[str], said: str) -> Non
     ended = subprocess.run([*BENCH, "backends", *arguments], capture_output=True, check=False, timeout=60)
     assert ended.returncode == 2
     assert said in " ".join(ended.stderr.decode().split())
+
+
+@needs_server
+def test_nothing_is_left_on_a_server(tmp_path: Path) -> None:
+    server = ValkeyServer(tmp_path / "server")
+    try:
+        command = [*BENCH, "backends", "--backends", "valkey", "--valkey", server.address, "--sizes", "2000"]
+        command += ["--traces", "chat", "--rounds", "1", "--json", str(tmp_path / "a.json")]
+        subprocess.run(command, check=True, timeout=60)
+        figures = json.loads((tmp_path / "a.json").read_bytes())["results"]["rows"][0]["figures"]
+        assert figures["ingest"]["median"] > 0
+        assert "disk_bytes" not in figures
+        with socket.create_connection(("127.0.0.1", server.port), 5) as connection:
+            connection.sendall(b"DBSIZE\r\n")
+            assert connection.recv(64) == b":0\r\n"
+    finally:
+        server.kill()
 
 
 def test_bench_without_a_subcommand_is_the_measurement_of_before() -> None:

@@ -29,7 +29,7 @@ _PLOTS = {
         [_Panel("ingest, 1,000 blocks/s", "ingest", 1e3), _Panel("removal, 1,000 blocks/s", "removal", 1e3)],
     ),
     "latency": (
-        "Answers, microseconds: p50, and p99 in lighter colour (less is better)",
+        "Answers, microseconds: p50, and p99 in lighter colour; logarithmic (less is better)",
         [
             _Panel("locate", "locate_p50_us"),
             _Panel("prefix_scan", "prefix_scan_p50_us"),
@@ -117,8 +117,12 @@ def _draw(axes: Any, panel: _Panel, rows: dict[str, Row], backends: list[str]) -
         longest = max(longest, label_at)
     axes.set_yticks(range(len(backends)), backends)
     axes.set_ylim(len(backends) - 0.4, -0.6)
-    axes.set_xlim(0, longest * 1.4 or 1)
-    axes.locator_params(axis="x", nbins=4)
+    if panel.figure.endswith("_us"):
+        axes.set_xscale("log")
+        axes.set_xlim(1, max(longest, 1) * 12)
+    else:
+        axes.set_xlim(0, longest * 1.4 or 1)
+        axes.locator_params(axis="x", nbins=4)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     for side in ("top", "right"):

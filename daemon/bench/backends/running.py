@@ -8,6 +8,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .traces import is_recording, make_trace
 
 _SERVER = "valkey"
 _MILLION = 1_000_000
+_SCANNED = 1_000
+"""Keys of the server that one question looks at."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -100,15 +103,28 @@ def _rows(plan: Plan, trace: Trace, size: int, directory: Path, say: Callable[[s
 def _measure(backend: str, trace: Trace, directory: Path, server: str) -> Measured | str:
     """The figures of one process, or the last line that it wrote."""
     on_server = backend == _SERVER
-    options: dict[str, Any] = {"servers": [server], "namespace": f"bench-{uuid.uuid4().hex}"} if on_server else {}
+    namespace = f"bench-{uuid.uuid4().hex}"
+    options: dict[str, Any] = {"servers": [server], "namespace": namespace} if on_server else {}
     with tempfile.TemporaryDirectory(dir=directory) as place:
         job = Job(backend, trace.path, str(Path(place, "index")), options, on_server)
         command = [sys.executable, "-m", "kvcensus.daemon.bench.backends.measuring"]
         ended = subprocess.run(command, input=msgspec.json.encode(job), capture_output=True, check=False)
+    if on_server:
+        _forget(server, namespace)
     if ended.returncode:
         lines = ended.stderr.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"ended with {ended.returncode}"
     return msgspec.json.decode(ended.stdout, type=Measured)
+
+
+def _forget(server: str, namespace: str) -> None:
+    """Delete what is left of a namespace, also after a run that failed. A server that is away has told so already."""
+    import valkey
+
+    host, _, port = server.rpartition(":")
+    with suppress(valkey.ValkeyError), valkey.Valkey(host=host.strip("[]"), port=int(port)) as client:
+        for key in client.scan_iter(match=f"*{namespace}*", count=_SCANNED):
+            client.unlink(key)
 
 
 def _figures(one: Measured) -> dict[str, float]:

@@ -20,7 +20,8 @@ trace is translated once, and every backend gets the same operations, 16,384 blo
 - Ingest: block hashes of all operations of the trace, stores and removals, by the time within `apply`. Removal: one
   copy of every fifth record afterwards, 16 hashes an event, in random order.
 - `locate`, `prefix_scan`, `match` (chains of up to 64 blocks, all held): 5,000 questions each, one thread, after 200
-  that do not count. `prefix_scan` does not ask for the roots.
+  that do not count. `prefix_scan` does not ask for the roots; its slowest questions are of
+  the end of a shared system prompt, which has thousands of children.
 - `clear_worker`: the worker that holds most; reclaim: the space that this leaves to be freed. Reopen: the files are
   still in the page cache.
 - Disk: blocks of the files after the close that follows ingest and questions, as `du` has it.

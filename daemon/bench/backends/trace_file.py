@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -18,7 +18,7 @@ _LENGTH_BYTES = 8
 _KINDS = (StoreRun, RemoveBlocks, ClearBlocks)
 _encode = msgspec.msgpack.encode
 _decode_batch = msgspec.msgpack.Decoder(list[tuple[int, msgspec.Raw]]).decode
-_decoders: list[Callable[[msgspec.Raw], Operation]] = [msgspec.msgpack.Decoder(kind).decode for kind in _KINDS]
+_decoders: list[Callable[[msgspec.Raw], Any]] = [msgspec.msgpack.Decoder(kind).decode for kind in _KINDS]
 
 
 class Chain(msgspec.Struct, frozen=True):
@@ -100,7 +100,7 @@ class TraceReader:
 
     def _operation(self, kind: int, raw: msgspec.Raw) -> Operation:
         """As a translator makes it: operations of a stream share the objects of their scope and worker."""
-        operation = _decoders[kind](raw)
+        operation: Operation = _decoders[kind](raw)
         worker = self._workers.setdefault(operation.worker_id, operation.worker_id)
         if isinstance(operation, StoreRun):
             scope = self._scopes.setdefault(operation.scope, operation.scope)
