@@ -6,9 +6,11 @@ Random requests with shared prefixes are stored, matched, locked, evicted and fl
 tokens. The events of each step go, encoded as the engine's publisher does it, through the translator into an index,
 which must then have the tree's pages, hashed anew from their tokens, and must match random prompts as far as the tree.
 
-Needs torch (1.13 for the CPU is enough), and of the wheel nothing but the modules in REAL: what else these import is
-replaced by empty shells. A tree is given one thing: the page hash that newer releases have in C++, as `page_hashes`,
-which is the Python of older ones. Not driven: the hierarchical cache, whose tiers are pools and copies on a GPU.
+The tree is the one that a plain launch of that release builds: `RadixCache`, in newer ones `UnifiedRadixCache` with its
+Python core. Needs torch (1.13 for the CPU is enough), and of the wheel nothing but the modules in REAL: what else these
+import is replaced by empty shells, or by what is in GIVEN. That is the page hash, which newer releases have in C++, as
+`page_hashes`, the Python of older ones. Not driven: the hierarchical cache, whose tiers are pools and copies on a GPU;
+sliding windows and Mamba, likewise; the core in Rust, which newer releases prefer and which needs a newer torch.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import random
 import sys
 import time
@@ -28,6 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import ZipFile
 
 import msgspec
 
@@ -36,10 +40,22 @@ from kvcensus.translators.sglang import SglangTranslator
 from kvcensus.translators.translation import TranslatorOptions
 
 CACHE = "sglang.srt.mem_cache"
-NATIVE_HASH = f"{CACHE}.cpp_utils.native_hash"
 EVENTS = "sglang.srt.disaggregation.kv_events"
 OF_THE_CACHE = "radix_cache base_prefix_cache cache_init_params events utils evict_policy hicache_storage"
-REAL = {EVENTS, *(f"{CACHE}.{name}" for name in OF_THE_CACHE.split())}
+UNIFIED = f"{CACHE}.unified_cache"
+OF_THE_UNIFIED = (
+    "cache_action component_type components components.base components.full components.mamba components.swa "
+    "components.tree_component components.full_component components.mamba_component components.swa_component "
+    "session_ref_tracker tree_core_registry unified_tree_core unified_tree_core_interface"
+)
+REAL = {
+    EVENTS,
+    UNIFIED,
+    "sglang.srt.environ",
+    f"{CACHE}.unified_radix_cache",
+    *(f"{CACHE}.{name}" for name in OF_THE_CACHE.split()),
+    *(f"{UNIFIED}.{name}" for name in OF_THE_UNIFIED.split()),
+}
 PACKAGES = {"sglang", "sglang.srt", CACHE, "sglang.srt.disaggregation"}
 POLICIES = ("lru", "lfu", "fifo", "mru", "filo", "priority")
 VOCABULARY = 3
@@ -74,12 +90,35 @@ class _Shell(type):
     """A class of which every attribute is another one, and which takes any arguments."""
 
     def __new__(cls, name: str, *_: object) -> _Shell:
-        return super().__new__(cls, name, (), {"__init__": lambda *_, **__: None})
+        body = {
+            "__init__": lambda *_, **__: None,
+            "__call__": lambda self, given=None, *_, **__: given,  # a decorator that decorates nothing
+            "__bool__": lambda self: False,
+        }
+        return super().__new__(cls, name, (), body)
 
     def __getattr__(cls, name: str) -> _Shell:
         if name.startswith("__"):
             raise AttributeError(name)
         return _Shell(name)
+
+
+class NoSessions:
+    """No request belongs to a streaming session."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.slots: dict[str, object] = {}
+
+    def nothing(self, *_: object, **__: object) -> None: ...
+
+    try_match_prefix = try_inc_lock_ref = try_dec_lock_ref = nothing
+
+
+GIVEN: dict[str, dict[str, object]] = {
+    f"{CACHE}.cpp_utils.native_hash": {"get_native_hash": native_hash},
+    f"{CACHE}.allocator.page_interleave": {"page_interleave_shard_size": lambda _: 1},
+    "sglang.srt.session.streaming_session": {"StreamingSession": NoSessions},
+}
 
 
 class Shells:
@@ -98,8 +137,7 @@ class Shells:
         module.__path__ = [f"{self._wheel}/{spec.name.replace('.', '/')}"] if spec.name in PACKAGES else []
         if spec.name not in PACKAGES:
             module.__getattr__ = lambda name: getattr(_Shell(spec.name), name)  # type: ignore[method-assign]
-        if spec.name == NATIVE_HASH:
-            vars(module)["get_native_hash"] = native_hash
+        vars(module).update(GIVEN.get(spec.name, {}))
         return module
 
     def exec_module(self, module: ModuleType) -> None:
@@ -117,7 +155,10 @@ class Engine:
     """The modules of one wheel."""
 
     def __init__(self, wheel: Path) -> None:
-        importlib.import_module("torch")
+        os.environ["SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND"] = "python"
+        self.torch: Any = importlib.import_module("torch")
+        with ZipFile(wheel) as archive:
+            self.unified = f"{UNIFIED}.tree_core_registry".replace(".", "/") + ".py" in archive.namelist()
         first, last = OnlySglang(wheel), Shells(wheel)
         sys.meta_path.insert(0, first)
         sys.meta_path.append(last)
@@ -126,9 +167,17 @@ class Engine:
             self.base: Any = importlib.import_module(f"{CACHE}.base_prefix_cache")
             self.params: Any = importlib.import_module(f"{CACHE}.cache_init_params")
             self.events: Any = importlib.import_module(EVENTS)
+            if self.unified:
+                self.tree: Any = importlib.import_module(f"{CACHE}.unified_radix_cache").UnifiedRadixCache
+                full = importlib.import_module(f"{UNIFIED}.component_type").ComponentType.FULL
+                self.kind: dict[str, Any] = {"tree_components": (full,)}
         finally:
             sys.meta_path.remove(first)
             sys.meta_path.remove(last)
+        if not self.unified:
+            self.tree, self.kind = self.cache.RadixCache, {}
+        known = inspect.signature(self.params.CacheInitParams).parameters
+        self.kind = {name: value for name, value in self.kind.items() if name in known}
         self.salts = "cache_salt" in inspect.signature(self.cache.RadixKey).parameters
         self.aligns = hasattr(self.cache.RadixKey, "page_aligned")
         self.arrays = "array(" in inspect.getsource(self.cache.RadixCache.reset)
@@ -160,7 +209,7 @@ class Run:
     def __init__(self, engine: Engine, seed: int, page_size: int, eagle: bool) -> None:
         self.engine, self.page_size, self.eagle = engine, page_size, eagle
         self.random = random.Random(seed)
-        self.tree: Any = engine.cache.RadixCache(
+        self.tree: Any = engine.tree(
             engine.params.CacheInitParams(
                 disable=False,
                 req_to_token_pool=None,
@@ -169,6 +218,7 @@ class Run:
                 is_eagle=eagle,
                 eviction_policy=self.random.choice(POLICIES),
                 enable_kv_cache_events=True,
+                **engine.kind,
             )
         )
         self.encode = msgspec.msgpack.Encoder().encode
@@ -199,13 +249,14 @@ class Run:
             tokens, salt = self.prompt()
             if len(tokens) > self.eagle:
                 self.prompts.append((tokens, salt))
-                self.engine.call(self.tree.insert, "InsertParams", key=self.engine.key(tokens, salt))
+                slots = self.engine.torch.arange(len(tokens))
+                self.engine.call(self.tree.insert, "InsertParams", key=self.engine.key(tokens, salt), value=slots)
         elif kind == "lock" and self.prompts:
-            found = self.matched(*self.random.choice(self.prompts))
-            self.tree.inc_lock_ref(found.last_device_node)
-            self.locked.append(found.last_device_node)
+            node = self.matched(*self.random.choice(self.prompts)).last_device_node
+            lock = self.tree.inc_lock_ref(node)
+            self.locked.append((node, lock.to_dec_params()) if hasattr(lock, "to_dec_params") else (node,))
         elif kind == "unlock" and self.locked:
-            self.tree.dec_lock_ref(self.locked.pop(self.random.randrange(len(self.locked))))
+            self.tree.dec_lock_ref(*self.locked.pop(self.random.randrange(len(self.locked))))
         elif kind == "evict":
             size = self.random.randint(1, PROMPT_PAGES * self.page_size * 4)
             self.engine.call(self.tree.evict, "EvictParams", num_tokens=size)
@@ -234,8 +285,9 @@ class Run:
 
     def check(self) -> None:
         """Page for page, and then what a few prompts would find."""
+        root = self.tree.tree_core.root_node if self.engine.unified else self.tree.root_node
         held = [one.key.block_hash for one in self.index.snapshot()]
-        pages = [digest[:8] for digest in self.pages(self.tree.root_node, b"")]
+        pages = [digest[:8] for digest in self.pages(root, b"")]
         if sorted(held) != sorted(pages):
             missing, invented = set(pages) - set(held), set(held) - set(pages)
             raise Difference(f"of {len(pages)} pages {len(missing)} are missing; {len(invented)} are not in the tree")
@@ -295,7 +347,7 @@ def main() -> None:
                     except Difference as difference:
                         sys.exit(f"seed {seed}, step {step}, page size {page_size}, EAGLE {eagle}: {difference}")
                 total = {name: total.get(name, 0) + count for name, count in run.counts.items()}
-    report = {"wheel": arguments.wheel.name, "salts": engine.salts, **total, "seconds": time.monotonic() - began}
+    report = {"wheel": arguments.wheel.name, "tree": engine.tree.__name__, **total, "seconds": time.monotonic() - began}
     print(json.dumps(report, indent=2))
 
 
