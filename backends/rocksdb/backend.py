@@ -112,9 +112,7 @@ class RocksdbBackend(IndexBackend):
             with self._store.asking() as question:
                 if question.keys(b"", b"\xff\xff", 1):
                     raise BackendFormat(f"{self._path} is a RocksDB database, but not an index of kvcensus")
-            batch = WriteBatch(raw_mode=True)
-            batch.put(_SCHEMA_KEY, NUMBER.pack(SCHEMA))
-            self._store.write(batch, lambda: None)
+            self._store.write(lambda batch: batch.put(_SCHEMA_KEY, NUMBER.pack(SCHEMA)), lambda: None)
         elif stored != NUMBER.pack(SCHEMA):
             schema = int.from_bytes(stored, "big")
             raise BackendFormat(f"{self._path} has schema {schema}, this version knows {SCHEMA}; it was left as it is")
@@ -128,12 +126,15 @@ class RocksdbBackend(IndexBackend):
     def _write(self, change: Callable[[Batch], T], more: Callable[[WriteBatch], None] | None = None) -> T:
         """Make one change with one batch. On an error nothing of it is kept, here or in the database."""
         batch = Batch(self._store, self._catalog)
-        try:
-            outcome = change(batch)
-            writes = batch.finish()
+
+        def fill(writes: WriteBatch) -> None:
+            batch.fill(writes)
             if more is not None:
                 more(writes)
-            self._store.write(writes, self._written)
+
+        try:
+            outcome = change(batch)
+            self._store.write(fill, self._written)
         except BaseException:
             self._reload()
             raise

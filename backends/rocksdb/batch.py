@@ -56,7 +56,7 @@ class _Step(NamedTuple):
 
 
 class Batch:
-    """What one call comes to. `finish` gives it as a batch to be written."""
+    """What one call comes to. `fill` puts it into a batch to be written."""
 
     def __init__(self, store: Store, catalog: WriterCatalog) -> None:
         self._store = store
@@ -144,13 +144,12 @@ class Batch:
             self._fetch([key])
         return self._rows[key]
 
-    def finish(self) -> WriteBatch:
-        """The batch of rows, links, counts and names.
+    def fill(self, batch: WriteBatch) -> None:
+        """Put rows, links, counts and names into an empty batch.
 
         In key order: RocksDB then finds its way among the new records with what the last key left in the caches of the
         processor, which makes large batches several times cheaper.
         """
-        batch = WriteBatch(raw_mode=True)
         put, delete, stored = batch.put, batch.delete, self._stored
         if self._everything:
             batch.delete_range(*BLOCKS)
@@ -167,7 +166,6 @@ class Batch:
             else:
                 put(key, value)
         self._catalog.flush(batch)
-        return batch
 
     def _store_run(self, run: StoreRun, place: int, keys: list[bytes]) -> None:
         if not keys:

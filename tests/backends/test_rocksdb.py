@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("rocksdict")
 
-from rocksdict import Options, Rdict, WriteBatch
+from rocksdict import Options, Rdict, WriteBatch, WriteOptions
 
 from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat, BackendFull
 from kvcensus.backends.model import ApplyResult, CacheResidency, Cursor, StoreRun
@@ -331,6 +332,54 @@ os._exit(0)
     backend.close()
 
 
+# opened again while it is used
+
+
+def test_a_database_that_is_opened_again_has_everything(backend: RocksdbBackend) -> None:
+    backend.apply([store(*chain(0, 5000))], [Cursor("s", 0, 1)])
+    snapshot = backend.snapshot()
+    next(snapshot)
+
+    backend._store.reopen()
+
+    assert len(list(backend.snapshot())) == 5000
+    backend.apply([store(block(5000), parent=block(4999))], [Cursor("s", 0, 2)])
+    assert backend.find(block(5000))[0].key.block_index == 5000
+    with pytest.raises(BackendError, match="closed while a snapshot"):
+        list(snapshot)
+
+
+class Failing:
+    """A database whose next write fails, before or after it was done."""
+
+    def __init__(self, database: Rdict, done: bool) -> None:
+        self._database, self._done = database, done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._database, name)
+
+    def write(self, batch: WriteBatch, options: WriteOptions) -> None:
+        if self._done:
+            self._database.write(batch, options)
+        del self._database
+        raise Exception("IO error: No space left on device")
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_batch_of_which_it_is_not_known_whether_it_was_written_is_written_once(
+    backend: RocksdbBackend, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    backend.apply([store(A)])
+    monkeypatch.setattr("kvcensus.backends.rocksdb.store._OWN_RECOVERY_S", 0.0)
+    backend._store._db = Failing(backend._store._db, done)  # type: ignore[assignment, arg-type]
+
+    assert backend.apply([store(A, B)], [Cursor("s", 0, 7)]) == ApplyResult(stored=1, copies_added=1)
+
+    assert [one.ref_count for one in backend.find(A)] == [2]
+    assert len(backend) == len(list(backend.snapshot())) == 2
+    assert backend.cursors()["s"].seq == 7
+
+
 # no room
 
 
@@ -355,8 +404,12 @@ def fill(backend: RocksdbBackend) -> int:
     raise AssertionError("the disk is not small")
 
 
-def test_a_full_disk_changes_nothing_and_is_survived(small_disk: Path) -> None:
-    backend = RocksdbBackend(small_disk, resources=Resources(write_buffer_bytes=1 << 20))
+ROOM = {"in the log alone": 32 << 20, "in the log and the files": 1 << 20}
+
+
+@pytest.mark.parametrize("write_buffer_bytes", ROOM.values(), ids=ROOM)
+def test_a_full_disk_changes_nothing_and_is_survived(small_disk: Path, write_buffer_bytes: int) -> None:
+    backend = RocksdbBackend(small_disk, resources=Resources(write_buffer_bytes))
     applied = fill(backend)
 
     assert backend.cursors()["s"].seq == applied - 1
@@ -366,8 +419,8 @@ def test_a_full_disk_changes_nothing_and_is_survived(small_disk: Path) -> None:
     assert [(one.worker_id, one.blocks) for one in backend.holdings()] == [("w", applied * 256)]
     assert backend.find(A) == []
 
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    deadline = time.monotonic() + 30
+    subprocess.run(["mount", "-o", "remount,size=128m", str(small_disk)], check=True)
+    deadline = time.monotonic() + 60
     while True:
         try:
             backend.apply([store(A)], [Cursor("s", 0, applied)])
@@ -375,6 +428,7 @@ def test_a_full_disk_changes_nothing_and_is_survived(small_disk: Path) -> None:
         except BackendFull:
             assert time.monotonic() < deadline
             time.sleep(0.2)
+    assert len(list(backend.snapshot())) == applied * 256 + 1
     backend.close()
 
     backend = RocksdbBackend(small_disk)
@@ -384,7 +438,7 @@ def test_a_full_disk_changes_nothing_and_is_survived(small_disk: Path) -> None:
 
 
 def test_an_index_on_a_full_disk_can_be_closed_and_opened_when_there_is_room(small_disk: Path) -> None:
-    backend = RocksdbBackend(small_disk, resources=Resources(write_buffer_bytes=1 << 20))
+    backend = RocksdbBackend(small_disk, resources=Resources(1 << 20))
     applied = fill(backend)
     backend.close()
 
