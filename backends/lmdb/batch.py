@@ -8,9 +8,9 @@ from struct import Struct
 
 import lmdb
 
+from ..entries import Entry, PlaceRow, beside_sibling, merged, place_order, scope_order, told_index
 from ..model import (
     ROOT,
-    TIER_NUMBER,
     ApplyResult,
     CacheResidency,
     ClearBlocks,
@@ -26,8 +26,6 @@ from .rows import (
     PARENT_KNOWN,
     ROW,
     ROW_OF_ONE,
-    Entry,
-    PlaceRow,
     holders,
     pack_entry,
     pack_row,
@@ -158,23 +156,23 @@ class Batch:
         scope = self._catalog.scope_number(self._txn, run.scope)
         parent = run.parent
         if not parent:
-            return scope, 0 if parent == ROOT else _told_index(run)
+            return scope, 0 if parent == ROOT else told_index(run)
         key = LENGTH[len(parent)] + parent + ROW
         row = self._overlay.rows[key]
         if row is None:
-            return scope, _told_index(run)
+            return scope, told_index(run)
         sole_place, sole_scope, index = sole_holder(row)
         if sole_place == place and sole_scope == scope:
-            return scope, index + 1 if index >= 0 else _told_index(run)
+            return scope, index + 1 if index >= 0 else told_index(run)
         own = self._own_entry(run, key)
         if own is None:
-            return scope, _told_index(run)
+            return scope, told_index(run)
         if run.tenant_from_parent and own.scope != scope:
             wanted, tenant = run.scope, self._catalog.scopes.scope(self._txn, own.scope).tenant_id
             wanted = IdentityScope(wanted.model_id, wanted.tokenizer_id, wanted.adapter_id, tenant)
             scope = self._catalog.scope_number(self._txn, wanted)
         same_group = self._catalog.rows[own.place].group == run.group
-        return scope, own.block_index + 1 if same_group and own.block_index >= 0 else _told_index(run)
+        return scope, own.block_index + 1 if same_group and own.block_index >= 0 else told_index(run)
 
     def _own_entry(self, run: StoreRun, key: bytes) -> Entry | None:
         """The worker's entry of a block that says most about a run: same group, then own tier, then the fastest."""
@@ -184,39 +182,15 @@ class Batch:
             return entries[0] if entries else None
 
         def order(entry: Entry) -> tuple[object, ...]:
-            place = own[entry.place]
             scope = self._catalog.scopes.scope(self._txn, entry.scope)
-            return (
-                place.group != run.group,
-                place.tier is not run.tier,
-                TIER_NUMBER[place.tier],
-                place.group,
-                scope.model_id,
-                scope.tokenizer_id,
-                scope.adapter_id is not None,
-                scope.adapter_id or "",
-                scope.tenant_id,
-            )
+            return (*place_order(run, own[entry.place]), *scope_order(scope))
 
         return min(entries, key=order)
 
     def _placed_by_sibling(self, run: StoreRun, key: bytes, place: int) -> Entry:
         own = self._own_entry(run, key)
-        if own is None:
-            scope = self._catalog.scope_number(self._txn, run.scope)
-            return Entry(place, scope, 1, -1, run.token_count, run.at_ms, run.bytes_per_block, False, None)
-        same_size = run.token_count in (0, own.tokens)
-        return Entry(
-            place,
-            own.scope,
-            1,
-            own.block_index if same_size else -1,
-            own.tokens if same_size else run.token_count,
-            run.at_ms,
-            run.bytes_per_block,
-            False,
-            own.parent if same_size else None,
-        )
+        scope = self._catalog.scope_number(self._txn, run.scope) if own is None else own.scope
+        return beside_sibling(run, place, scope, own)
 
     def _store_block(self, key: bytes, block_hash: bytes, entry: Entry, run: StoreRun) -> None:
         """Store one block. An entry beside living ones of others is appended to the row as it is."""
@@ -234,8 +208,8 @@ class Batch:
         entries = [other for other in old if other.place in live]
         for at, same in enumerate(entries):
             if same.place == entry.place and same.scope == entry.scope:
-                merged = entries[at] = _merged(same, entry, run.count_copies)
-                self._catalog.count(entry.place, 0, merged.copies * merged.size - same.copies * same.size)
+                again = entries[at] = merged(same, entry, run.count_copies)
+                self._catalog.count(entry.place, 0, again.copies * again.size - same.copies * same.size)
                 if run.count_copies:
                     self.result.copies_added += 1
                 else:
@@ -392,10 +366,6 @@ class Batch:
         return len(gone)
 
 
-def _told_index(run: StoreRun) -> int:
-    return -1 if run.start_index is None else run.start_index
-
-
 def _parent_keys(operations: Sequence[Operation]) -> list[bytes]:
     """Keys of the parents of runs, less those that are the last block of the run before."""
     keys = []
@@ -408,20 +378,6 @@ def _parent_keys(operations: Sequence[Operation]) -> list[bytes]:
             if operation.block_hashes:
                 last = operation.block_hashes[-1]
     return keys
-
-
-def _merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:
-    return Entry(
-        same.place,
-        same.scope,
-        same.copies + count_copies,
-        same.block_index if entry.block_index < 0 else entry.block_index,
-        entry.tokens or same.tokens,
-        entry.at_ms or same.at_ms,
-        entry.size or same.size,
-        same.pinned,
-        same.parent if entry.parent is None else entry.parent,
-    )
 
 
 def _concerns(row: PlaceRow, removal: RemoveBlocks) -> bool:

@@ -14,9 +14,9 @@ import msgspec
 
 import lmdb
 
-from ..matching import patience
+from ..entries import LivePlaces, PlaceRow, live_places
 from ..model import CacheTier, GroupSpec, IdentityScope, StoreRun
-from .rows import COUNT, PLACE, PlaceRow
+from .rows import COUNT, PLACE
 
 _encode = msgspec.msgpack.encode
 _decode_place = msgspec.msgpack.Decoder(PlaceRow).decode
@@ -100,15 +100,6 @@ def decode_places(stored: Iterable[tuple[bytes, bytes]]) -> dict[int, PlaceRow]:
     return {PLACE.unpack(key)[0]: _decode_place(value) for key, value in stored}
 
 
-class LivePlaces(NamedTuple):
-    """The live places by number, and what `matching` needs to know of them."""
-
-    version: int
-    rows: dict[int, PlaceRow]
-    specs: dict[tuple[str, int], GroupSpec]
-    patience: int
-
-
 class PlaceCache:
     """The live places as of a read transaction, decoded again only when their version has changed."""
 
@@ -123,22 +114,6 @@ class PlaceCache:
         if cached.version != version:
             cached = self._cached = live_places(version, read_places(txn, self._tables))
         return cached
-
-
-def live_places(version: int, rows: dict[int, PlaceRow]) -> LivePlaces:
-    """The live places of a version of them, with what follows from them."""
-    specs = _specs(rows)
-    return LivePlaces(version, rows, specs, patience(specs))
-
-
-def _specs(places: dict[int, PlaceRow]) -> dict[tuple[str, int], GroupSpec]:
-    specs: dict[tuple[str, int], GroupSpec] = {}
-    unknown = GroupSpec()
-    for place in places.values():
-        at = (place.worker_id, place.group)
-        if place.spec != unknown or at not in specs:
-            specs[at] = place.spec
-    return specs
 
 
 class WriterCatalog:

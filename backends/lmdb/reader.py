@@ -12,6 +12,7 @@ import msgspec
 
 import lmdb
 
+from ..entries import Entry, LivePlaces, PlaceRow
 from ..errors import BackendCorrupt, BackendError
 from ..matching import Held, worker_matches
 from ..model import (
@@ -22,7 +23,7 @@ from ..model import (
     KvBlockKey,
     WorkerMatch,
 )
-from .catalog import LivePlaces, PlaceCache, ScopeNames, Tables
+from .catalog import PlaceCache, ScopeNames, Tables
 from .checks import UNDECODABLE, corrupt
 from .files import DAMAGE, INDEX_FILE, open_reader, pid_clash
 from .rows import (
@@ -31,8 +32,6 @@ from .rows import (
     LENGTH,
     PLACE,
     ROW,
-    Entry,
-    PlaceRow,
     link_prefix,
     masks_by_head,
     row_key,

@@ -29,11 +29,9 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from struct import Struct
 from struct import error as StructError  # noqa: N812 - an exception, named like one
-from typing import NamedTuple
 
-import msgspec
-
-from ..model import MAX_HASH_BYTES, CacheTier, GroupSpec
+from ..entries import Entry
+from ..model import MAX_HASH_BYTES
 
 SCHEMA = 1
 """Version of everything above. A file of another version is refused."""
@@ -61,30 +59,6 @@ LENGTH = tuple(bytes((length,)) for length in range(MAX_HASH_BYTES + 1))
 
 PINNED = 1
 PARENT_KNOWN = 2
-
-
-class PlaceRow(msgspec.Struct, frozen=True, array_like=True):
-    """A (worker, tier, group) that holds blocks."""
-
-    worker_id: str
-    rank: int | None
-    tier: CacheTier
-    group: int
-    spec: GroupSpec
-
-
-class Entry(NamedTuple):
-    """One residency inside a row."""
-
-    place: int
-    scope: int
-    copies: int
-    block_index: int
-    tokens: int
-    at_ms: int
-    size: int
-    pinned: bool
-    parent: bytes | None
 
 
 def row_key(block_hash: bytes) -> bytes:

@@ -16,13 +16,14 @@ import msgspec
 
 import lmdb
 
+from ..entries import PlaceRow
 from ..errors import BackendCorrupt, BackendError
 from ..model import Cursor, IdentityScope
 from .catalog import Tables, number_of, read_places
 from .checks import UNDECODABLE, check_metas, corrupt, opened_file, pinned
 from .files import named_errors, open_unchecked
 from .pages import Finding, Meta, PageCheck
-from .rows import COUNT, LINK, PLACE, ROW, PlaceRow, link_key, pack_row, row_key, unpack_row
+from .rows import COUNT, LINK, PLACE, ROW, link_key, pack_row, row_key, unpack_row
 
 
 def refuse_if_damaged(path: Path) -> None:

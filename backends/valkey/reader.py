@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
+from ..entries import Entry, LivePlaces, PlaceRow, live_places
 from ..errors import BackendCorrupt, BackendError
-from ..lmdb.catalog import LivePlaces, ScopeNames, decode_places, live_places
+from ..lmdb.catalog import ScopeNames, decode_places
 from ..lmdb.checks import UNDECODABLE
-from ..lmdb.rows import COUNT, HOLDER, LENGTH, PLACE, ROW, Entry, PlaceRow, link_prefix, masks_by_head, row_key
+from ..lmdb.rows import COUNT, HOLDER, LENGTH, PLACE, ROW, link_prefix, masks_by_head, row_key
 from ..lmdb.rows import unpack_row as unpack
 from ..matching import Held, worker_matches
 from ..model import CacheResidency, Cursor, Holding, IdentityScope, KvBlockKey, WorkerMatch

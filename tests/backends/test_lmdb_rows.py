@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcensus.backends.lmdb.rows import HOLDER, Entry, masks_by_head, pack_row, unpack_row
+from kvcensus.backends.entries import Entry
+from kvcensus.backends.lmdb.rows import HOLDER, masks_by_head, pack_row, unpack_row
 
 _HOLDERS = [(place, scope) for place in (1, 2, 257) for scope in (1, 2)]
 
