@@ -114,18 +114,22 @@ def _rows(question: Question, block_hash: bytes) -> list[tuple[bytes, bytes]]:
 
 def _masks(question: Question, live: LivePlaces, scope: int | None, block_hashes: Sequence[bytes]) -> dict[int, int]:
     """Which of the hashes each place holds, as bits. Stops where nobody has held any for too long."""
-    masks: dict[int, int] = {}
-    places = live.rows
+    masks: dict[bytes, int] = {}
     wanted = None if scope is None else NUMBER.pack(scope)
     bit, missed = 1, 0
     for block_hash in block_hashes:
         missed += 1
         for key, row in _rows(question, block_hash):
-            place = place_of(key)
-            if place in places and (wanted is None or wanted in scopes_in(row)):
-                masks[place] = masks.get(place, 0) | bit
+            place = key[-NUMBER.size :]
+            held = masks.get(place)
+            if held is None:
+                if NUMBER.unpack(place)[0] not in live.rows:
+                    continue
+                held = 0
+            if wanted is None or row.startswith(wanted) or wanted in scopes_in(row):
+                masks[place] = held | bit
                 missed = 0
         if missed >= live.patience:
             break
         bit <<= 1
-    return masks
+    return {NUMBER.unpack(place)[0]: mask for place, mask in masks.items()}

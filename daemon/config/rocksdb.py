@@ -20,7 +20,7 @@ class RocksdbConfig(Section, frozen=True):
     durability: Durability = Durability.PROCESS
     """What a commit survives. `process`: the blocks themselves die with the machine, so syncing would only cost."""
     write_buffer_bytes: Annotated[int, msgspec.Meta(ge=MIB, le=_MAX_BYTES)] = _DEFAULTS.write_buffer_bytes
-    """New records are gathered in memory up to this, some 250,000 blocks, before they go to a file. Two at a time."""
+    """New records are gathered in memory up to this, some 250,000 blocks, then go to a file. Up to three at a time."""
     block_cache_bytes: Annotated[int, msgspec.Meta(ge=MIB, le=_MAX_BYTES)] = _DEFAULTS.block_cache_bytes
     """Memory for parts of files that were read: about 1.5 million blocks. The system's own cache holds the rest."""
     background_jobs: Annotated[int, msgspec.Meta(ge=2, le=64)] = _DEFAULTS.background_jobs
