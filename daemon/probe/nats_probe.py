@@ -16,11 +16,9 @@ import msgspec
 from nats import errors
 from nats.aio.msg import Msg
 
-from kvcensus.translators.dynamo_envelope import DEFAULT_SUBJECTS
-
 from ..config import NatsConfig, SourceType
-from ..relay.convention import EVENTS_PREFIX, every_subject
 from ..sources.jetstream_api import create_consumer, delete_consumer, place_of, pull_request, pull_subject, stream_info
+from ..sources.nats_bus import subjects_of
 from ..sources.nats_connection import NatsConnection, NatsConnector
 from ..sources.nats_problems import NatsProblem, whoever
 from ..sources.subjects import matches
@@ -91,13 +89,6 @@ async def probe_nats(config: NatsConfig, seconds: float) -> BusFinding:
     finally:
         await connection.close()
     return look.finish()
-
-
-def subjects_of(config: NatsConfig) -> tuple[str, ...]:
-    """The subjects that the daemon would follow."""
-    if config.subjects:
-        return config.subjects
-    return DEFAULT_SUBJECTS if config.type is SourceType.DYNAMO else (every_subject(EVENTS_PREFIX),)
 
 
 async def _hear_signs_of_life(config: NatsConfig, connection: NatsConnection, look: BusLook) -> None:

@@ -28,6 +28,13 @@ _LOG_EVERY_S = 10.0
 log = get_logger("nats")
 
 
+def subjects_of(config: NatsConfig) -> tuple[str, ...]:
+    """The subjects that are followed: those of the configuration, or all that Dynamo or a relay publishes on."""
+    if config.subjects:
+        return config.subjects
+    return DEFAULT_SUBJECTS if config.type is SourceType.DYNAMO else (every_subject(EVENTS_PREFIX),)
+
+
 class Outlet:
     """The way to the writer: in order, and waiting without blocking the event loop while the queue is full."""
 
@@ -73,9 +80,7 @@ class NatsBus:
     @property
     def subjects(self) -> tuple[str, ...]:
         """Those of the messages."""
-        if self.config.subjects:
-            return self.config.subjects
-        return DEFAULT_SUBJECTS if self.config.type is SourceType.DYNAMO else (every_subject(EVENTS_PREFIX),)
+        return subjects_of(self.config)
 
     async def run(self) -> None:
         """Follow until cancelled."""
