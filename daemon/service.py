@@ -36,6 +36,9 @@ from .status import BusFigures, Readiness, StreamCounters, StreamStatus, Trust
 from .streams.bus import BusLimits
 from .writer import Writer, WriterOptions
 
+NOT_REACHED_YET = "not reached yet"
+"""What `/readyz` says of a bus until the first attempt has an outcome."""
+
 log = get_logger("service")
 
 _RELOAD_WAIT_S = 10.0
@@ -221,8 +224,8 @@ class Service:
             problems.append(f"the index is damaged: {damage}")
         ready = not problems
         for _, bus in self._buses.values():
-            if bus.problem:
-                problems.append(f"bus {bus.name}: {bus.problem}")
+            if bus.problem or not bus.was_connected:
+                problems.append(f"bus {bus.name}: {bus.problem or NOT_REACHED_YET}")
                 ready = ready and bus.was_connected
         return Readiness(ready, problems)
 

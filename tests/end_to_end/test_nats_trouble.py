@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kvcensus.daemon.service import NOT_REACHED_YET
+
 from ..nats_servers import nats_server, secret_file, talking
 from .daemon_process import DaemonProcess, wait_until
 
 
 def readiness(daemon: DaemonProcess) -> tuple[int, list[str]]:
-    status, body = daemon.request("GET", "/readyz")
-    return status, json.loads(body)["problems"]
+    """Status and problems of `/readyz`, once every bus was tried."""
+    while True:
+        status, body = daemon.request("GET", "/readyz")
+        problems = json.loads(body)["problems"]
+        if not any(one.endswith(NOT_REACHED_YET) for one in problems):
+            return status, problems
 
 
 def configured(directory: Path, url: str, more: str = "", stream: str = "") -> list[str]:
