@@ -26,7 +26,7 @@ from ..model import (
 from ..ownership import Owner, lost_in_machine_crash, note_writer
 from .compaction import Compaction
 from .index import Index
-from .journal import FULL, Appender, drop_before, recover, segments, snapshots, sync_journal, write_snapshot
+from .journal import FOLDER, FULL, Appender, drop_before, recover, segments, snapshots, sync_journal, write_snapshot
 from .records import AllCleared, BlockRemoved, Change, Put, StreamForgotten, applied, encode
 
 T = TypeVar("T")
@@ -34,7 +34,6 @@ T = TypeVar("T")
 MIB = 1 << 20
 SEGMENT_BYTES = 64 * MIB
 SNAPSHOT_AFTER_BYTES = 64 * MIB
-_FOLDER = "journal"
 _OVERDUE = 2
 """A snapshot is made before anything else when the journal is so many times what calls for one."""
 _OWNER_WAIT_S = 2
@@ -71,7 +70,7 @@ class FilesystemBackend(IndexBackend):
 
         Raises BackendBusy, BackendFormat, BackendCorrupt, BackendFull or BackendError.
         """
-        self._directory = directory / _FOLDER
+        self._directory = directory / FOLDER
         self._durability = durability
         self._snapshot_after = snapshot_after_bytes
         self._damage: BackendCorrupt | None = None
@@ -132,7 +131,7 @@ class FilesystemBackend(IndexBackend):
         return True
 
     def _move_aside(self) -> Path:
-        aside = self._directory.with_name(f"{_FOLDER}.corrupt-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+        aside = self._directory.with_name(f"{FOLDER}.corrupt-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
         self._directory.rename(aside)
         self._directory.mkdir(mode=0o700)
         return aside

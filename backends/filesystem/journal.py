@@ -31,6 +31,8 @@ from .framing import (
 from .index import Index
 from .records import Content, decode_change, decode_content, encode
 
+FOLDER = "journal"
+"""Where these files are in a data directory."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRONG = (msgspec.DecodeError, IndexError, OverflowError)
 """What records raise that fit their checksum and are none of ours."""

@@ -162,7 +162,7 @@ class Store:
         self._number = int.from_bytes(self._written, "big")
 
     def _open(self) -> Rdict:
-        options = _options(self._resources)
+        options = options_for(self._resources)
         # Without the second mention the options of the last time are used, and a cache of 8 MiB.
         return Rdict(str(self._path), options, {"default": options})
 
@@ -432,7 +432,7 @@ def _stalls() -> Iterator[None]:
         raise _Stalled from None
 
 
-def _options(resources: Resources) -> Options:
+def options_for(resources: Resources) -> Options:
     tables = BlockBasedOptions()
     tables.set_bloom_filter(_BLOOM_BITS, False)
     tables.set_block_cache(Cache(resources.block_cache_bytes))

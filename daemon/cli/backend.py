@@ -43,7 +43,7 @@ def backend() -> None:
     """Copy, compare, check, compact and back up whole indexes.
 
     An index is named NAME:DIRECTORY, as in lmdb:/var/lib/kvcensus; options of a backend follow as
-    NAME:DIRECTORY?OPTION=VALUE&OPTION=VALUE. One of LMDB is read while a daemon writes it, others while none does.
+    NAME:DIRECTORY?OPTION=VALUE&OPTION=VALUE. One of lmdb, filesystem or rocksdb is read while a daemon writes it.
     """
 
 
@@ -108,13 +108,13 @@ def verify(location: Location, as_json: bool) -> None:
     compared with what the backend says of itself.
     """
     from kvcensus.daemon.moving.checking import findings
-    from kvcensus.daemon.moving.location import LMDB, opened
+    from kvcensus.daemon.moving.location import LMDB, at_rest
 
     if location.name == LMDB:
         show_lmdb(location.directory, as_json)
         return
     shown = 0
-    with _failures(), opened(location) as index, progress("records", len(index)) as advance:
+    with _failures(), at_rest(location) as index, progress("records", len(index)) as advance:
         records = len(index)
         for finding in islice(findings(index, advance), FINDINGS_MAX):
             shown += 1
@@ -146,7 +146,8 @@ def compact(location: Location) -> None:
 def backup(location: Location, directory: Path) -> None:
     """Make DIRECTORY, a data directory of the same backend with the index as of one moment.
 
-    Of LMDB while a daemon runs, too. DIRECTORY appears when it is complete, and must not be there before.
+    While a daemon runs, too, but for backends of other packages. DIRECTORY appears when it is complete, and must not be
+    there before.
     """
     from kvcensus.daemon.moving.copying import back_up
 
@@ -170,7 +171,7 @@ def _failures() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except BackendBusy as error:
-        raise Failure(f"{error}; only an index of LMDB can be read while a daemon runs", EXIT_BUSY) from error
+        raise Failure(f"{error}; this needs an index that no daemon has", EXIT_BUSY) from error
     except (BackendFormat, BackendCorrupt) as error:
         raise Failure(str(error), EXIT_DATA) from error
     except (TargetNotEmpty, OSError) as error:

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from kvcensus.backends.errors import BackendError, BackendUnsupported
 from kvcensus.backends.interface import IndexBackend
-from kvcensus.backends.lmdb.files import INDEX_FILE
 from kvcensus.backends.model import Cursor, Holding, IdentityScope, Operation, StoreRun
-from kvcensus.backends.ownership import sync_directory, sync_file
+from kvcensus.backends.ownership import sync_directory
 
-from .location import LMDB, SERVER, Content, Location, content_of, copy_lmdb, opened
+from .location import COPIED_WHILE_WRITTEN, SERVER, Content, Location, content_of, copy_index, opened
 
 _BATCH = 16_384
 """Records in one call: beyond it a larger transaction gains nothing."""
@@ -62,21 +61,23 @@ def copy(source: Content, target: IndexBackend, advance: Callable[[int], None]) 
 def back_up(location: Location, directory: Path, advance: Callable[[int], None]) -> None:
     """Make `directory` a data directory of the same backend with the same content, as of one moment.
 
-    Of LMDB while a daemon writes it, of others while none does. Raises BackendError, FileExistsError.
+    While a daemon writes it too, if its files can be copied. Raises BackendError, FileExistsError.
     """
     if directory.exists():
         raise FileExistsError(f"{directory}: exists already; it is not overwritten")
     if location.name == SERVER:
         raise BackendUnsupported(f"{location}: the data is on a server, which has its own ways to back it up")
+    if not location.exists():
+        raise BackendError(f"{location}: there is no index here")
     draft = directory.with_name(f".{directory.name}.part")
     draft.mkdir(mode=0o700, parents=True)
     try:
-        if location.name == LMDB:
-            copy_lmdb(location.directory, draft / INDEX_FILE)
-            (draft / INDEX_FILE).chmod(0o600)
-            sync_file(draft / INDEX_FILE)
+        target = location._replace(directory=draft)
+        if location.name in COPIED_WHILE_WRITTEN:
+            copy_index(location, draft)
+            with content_of(target) as content:
+                advance(content.records_held())
         else:
-            target = Location(location.name, draft, location.options)
             with content_of(location) as content, opened(target, create=True) as backend:
                 copy(content, backend, advance)
         sync_directory(draft)

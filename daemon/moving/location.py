@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from kvcensus.backends.errors import BackendError
+from kvcensus.backends.errors import BackendBusy, BackendError
+from kvcensus.backends.filesystem.copying import copy_journal
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbReader
 from kvcensus.backends.lmdb.files import INDEX_FILE
 from kvcensus.backends.model import CacheResidency, Cursor, Holding
+from kvcensus.backends.ownership import sync_file
 from kvcensus.backends.registry import backend_names, open_backend
 
 LMDB = "lmdb"
+ROCKSDB = "rocksdb"
+COPIED_WHILE_WRITTEN = (LMDB, ROCKSDB, "filesystem")
+"""Backends whose index another process can copy while it is written."""
 SERVER = "valkey"
 """The backend whose directory has nothing of the index."""
 
@@ -67,13 +73,29 @@ class Content(NamedTuple):
 
 @contextmanager
 def content_of(location: Location) -> Iterator[Content]:
-    """What is in an index: of LMDB while a daemon writes it, of others while none does. Raises BackendError."""
+    """What is in an index, while a daemon writes it too, if its files can be copied. Raises BackendError."""
     if location.name == LMDB:
         with _lmdb_reader(location.directory) as reader, reader.frozen(location.directory) as frozen:
             yield Content(frozen.records, frozen.cursors(), frozen.holdings())
         return
-    with opened(location) as backend:
+    with at_rest(location) as backend:
         yield Content(backend.snapshot, backend.cursors(), backend.holdings())
+
+
+@contextmanager
+def at_rest(location: Location) -> Iterator[IndexBackend]:
+    """A backend to read that nobody writes: the index itself, or while a daemon has it a copy, if that can be made.
+
+    Raises BackendError.
+    """
+    with ExitStack() as stack:
+        try:
+            backend = stack.enter_context(opened(location))
+        except BackendBusy:
+            if location.name not in COPIED_WHILE_WRITTEN:
+                raise
+            backend = stack.enter_context(_copied(location))
+        yield backend
 
 
 @contextmanager
@@ -88,10 +110,33 @@ def opened(location: Location, *, create: bool = False) -> Iterator[IndexBackend
         backend.close()
 
 
-def copy_lmdb(directory: Path, path: Path) -> None:
-    """Write the LMDB index of a data directory, as of one moment, to a new file. Raises BackendError."""
-    with _lmdb_reader(directory) as reader:
-        reader.copy_to(path)
+def copy_index(location: Location, into: Path) -> None:
+    """Make `into`, an empty directory, a data directory with the index as of one moment, synced.
+
+    The index may be written meanwhile. Only for `COPIED_WHILE_WRITTEN`. Raises BackendError, OSError.
+    """
+    if location.name == LMDB:
+        file = into / INDEX_FILE
+        with _lmdb_reader(location.directory) as reader:
+            reader.copy_to(file)
+        file.chmod(0o600)
+        sync_file(file)
+    elif location.name == ROCKSDB:
+        from kvcensus.backends.rocksdb.copying import copy_database
+
+        copy_database(location.directory, into)
+    else:
+        copy_journal(location.directory, into)
+
+
+@contextmanager
+def _copied(location: Location) -> Iterator[IndexBackend]:
+    """A copy of an index that another process writes, next to it."""
+    with tempfile.TemporaryDirectory(prefix="snapshot-", dir=location.directory) as folder:
+        copy = location._replace(directory=Path(folder))
+        copy_index(location, copy.directory)
+        with opened(copy) as backend:
+            yield backend
 
 
 @contextmanager

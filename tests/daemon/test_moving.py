@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -310,22 +309,32 @@ def make(name: str, directory: Path) -> str:
 
 
 @contextmanager
-def writer(directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that owns an LMDB index and goes on changing it: each record has the copies that its cursor says."""
+def writer(name: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that owns an index and goes on changing it: each record has the copies that its cursor says.
+
+    Its files come and go meanwhile as they would in hours: the journal is snapshot, the database is merged.
+    """
     writes = """
 import sys, itertools
 from pathlib import Path
 from kvcensus.backends.registry import open_backend
 from kvcensus.backends.model import Cursor
 from tests.backends.building import blocks, store
-backend = open_backend("lmdb", Path(sys.argv[1]))
+name = sys.argv[1]
+options = {"segment_bytes": 1 << 16, "snapshot_after_bytes": 1 << 18} if name == "filesystem" else {}
+backend = open_backend(name, Path(sys.argv[2]), options)
 for number in itertools.count(1):
     backend.apply([store(*blocks(*range(1, 500)))], [Cursor("s", 1, number)])
+    if name == "rocksdb" and number % 200 == 0:
+        backend.compact()
     if number == 1:
         print("writes", flush=True)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", writes, str(directory)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", writes, name, str(directory)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writes\n"
@@ -360,21 +369,25 @@ def test_copied_to_another_backend_and_compared(name: str, tmp_path: Path) -> No
     assert "nothing was copied" in again.stderr
 
 
-def test_a_backup_is_of_one_moment_while_a_process_writes(tmp_path: Path) -> None:
-    with writer(tmp_path / "data"):
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_backup_is_of_one_moment_while_a_process_writes(name: str, tmp_path: Path) -> None:
+    source = f"{name}:{tmp_path / 'data'}"
+    with writer(name, tmp_path / "data"):
         time.sleep(0.1)
-        done = kvcensus("backup", f"lmdb:{tmp_path / 'data'}", tmp_path / "kept")
+        done = kvcensus("backup", source, tmp_path / "kept")
         assert done.returncode == 0, done.stderr
-        assert kvcensus("verify", f"lmdb:{tmp_path / 'data'}").returncode == 0
-        assert kvcensus("diff", f"lmdb:{tmp_path / 'data'}", f"lmdb:{tmp_path / 'kept'}", "--cursors").returncode == 1
-        busy = kvcensus("compact", f"lmdb:{tmp_path / 'data'}")
+        assert kvcensus("verify", source).returncode == 0
+        assert kvcensus("diff", source, f"{name}:{tmp_path / 'kept'}", "--cursors").returncode == 1
+        busy = kvcensus("compact", source)
         assert busy.returncode == 75
-    backup = LmdbBackend(tmp_path / "kept")
+        assert "this needs an index that no daemon has" in busy.stderr
+    backup = open_backend(name, tmp_path / "kept")
     records = list(backup.snapshot())
     assert len(records) == 499
     assert {one.ref_count for one in records} == {backup.cursors()["s"].seq}
     backup.close()
-    assert kvcensus("backup", f"lmdb:{tmp_path / 'data'}", tmp_path / "kept").returncode == 74
+    assert kvcensus("backup", source, tmp_path / "kept").returncode == 74
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "kept"]
 
 
 @pytest.mark.parametrize("name", ON_DISK)
@@ -403,16 +416,13 @@ def test_copied_to_a_server_and_back(tmp_path: Path) -> None:
     assert "on a server" in refused.stderr
 
 
-def test_of_other_backends_a_running_daemon_is_named(tmp_path: Path) -> None:
-    make("filesystem", tmp_path / "a")
-    running = open_backend("filesystem", tmp_path / "a")
-    try:
-        ended = kvcensus("backup", f"filesystem:{tmp_path / 'a'}", tmp_path / "b")
-    finally:
-        running.close()
-    assert ended.returncode == 75
-    assert f"in use by process {os.getpid()}" in ended.stderr
-    assert "only an index of LMDB can be read while a daemon runs" in ended.stderr
+def test_what_a_machine_crash_made_worthless_is_not_backed_up(tmp_path: Path) -> None:
+    source = make("filesystem", tmp_path / "a")
+    boot = json.dumps({"boot_id": "another", "durability": "process", "clean": False})
+    (tmp_path / "a" / "journal" / "boot.json").write_text(boot)
+    ended = kvcensus("backup", source, tmp_path / "b")
+    assert ended.returncode == 69
+    assert "not to be believed" in ended.stderr
     assert not list(tmp_path.glob("*b*"))
 
 
@@ -422,6 +432,7 @@ def test_of_other_backends_a_running_daemon_is_named(tmp_path: Path) -> None:
         (["diff", "lmdb:/nowhere", "lmdb:/nowhere"], 69, "there is no index here"),
         (["diff", "filesystem:/nowhere", "lmdb:/nowhere"], 69, "there is no index here"),
         (["diff", "/nowhere", "lmdb:/nowhere"], 2, "is not NAME:DIRECTORY"),
+        (["backup", "rocksdb:/nowhere", "/nowhere-else"], 69, "there is no index here"),
         (["verify", "redis:/nowhere"], 2, "there is no backend 'redis'"),
         (["copy", "memory:/nowhere", "lmdb:/nowhere"], 2, "memory has no index"),
         (["diff", "lmdb:/a", "lmdb:/b", "--ignore", "rank"], 2, "there are prefix_hash"),
