@@ -124,6 +124,11 @@ class FrameQueue:
         """Whether `close` was called."""
         return self._closed
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Messages and bytes at which it is full."""
+        return self._max_messages, self._max_bytes
+
     def depth(self) -> tuple[int, int]:
         """Messages and bytes waiting."""
         return self._messages, self._bytes

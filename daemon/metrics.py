@@ -113,6 +113,8 @@ class DaemonFigures(msgspec.Struct):
 
     queued_messages: int
     queued_bytes: int
+    queue_max_messages: int
+    queue_max_bytes: int
     ready: bool
     index_up: bool
     build: int = 1
@@ -254,6 +256,9 @@ HTTP_METRICS = (
 DAEMON_METRICS = (
     Declared(_G, "kvcensus_queue_messages", "queued_messages", "Messages waiting for the writer."),
     Declared(_G, "kvcensus_queue_bytes", "queued_bytes", "Bytes of the messages waiting for the writer."),
+    Declared(_G, "kvcensus_queue_limit_messages", "queue_max_messages",
+             "Waiting messages at which the sources stop reading."),
+    Declared(_G, "kvcensus_queue_limit_bytes", "queue_max_bytes", "Waiting bytes at which they do."),
     Declared(_G, "kvcensus_ready", "ready", "1 while /readyz says yes."),
 )
 
@@ -310,7 +315,7 @@ class DaemonCollector(Collector):
         yield from (_sampled(metric, shadows) for metric in SHADOW_METRICS)
         yield from (_sampled(metric, [((), view.quarantine_counters)]) for metric in QUARANTINE_METRICS)
         yield from (_sampled(metric, [((), view.http_counters)]) for metric in HTTP_METRICS)
-        daemon = DaemonFigures(*view.queue_depth(), view.readiness().ready, index is not None)
+        daemon = DaemonFigures(*view.queue_depth(), *view.queue_limits(), view.readiness().ready, index is not None)
         yield from (_sampled(metric, [((), daemon)]) for metric in DAEMON_METRICS)
         yield _sampled(BACKEND_UP, [(backend, daemon)])
         yield _sampled(BUILD_INFO, [((version("kvcensus"), platform.python_version()), daemon)])

@@ -248,6 +248,9 @@ class Service:
     def queue_depth(self) -> tuple[int, int]:
         return self._queue.depth()
 
+    def queue_limits(self) -> tuple[int, int]:
+        return self._queue.limits
+
 
 def _bus_settings(config: SourceConfig | NatsConfig) -> BusSettings:
     if isinstance(config, NatsConfig):

@@ -156,6 +156,9 @@ class DaemonView(Protocol):
     def queue_depth(self) -> tuple[int, int]:
         """Messages and bytes waiting for the writer."""
 
+    def queue_limits(self) -> tuple[int, int]:
+        """Messages and bytes at which the sources stop reading."""
+
     def readiness(self) -> Readiness:
         """Whether `/readyz` says yes."""
 

@@ -121,7 +121,7 @@ class RelayCollector(Collector):
         relay = _relay_figures(service)
         yield from (_sampled(metric, [((), relay)]) for metric in RELAY_METRICS)
         yield from (_sampled(metric, [((), service.http_counters)]) for metric in HTTP_METRICS)
-        build = ((version("kvcensus"), platform.python_version()), DaemonFigures(0, 0, relay.ready, False))
+        build = ((version("kvcensus"), platform.python_version()), DaemonFigures(0, 0, 0, 0, relay.ready, False))
         yield _sampled(BUILD_INFO, [build])
 
 

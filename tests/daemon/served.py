@@ -119,6 +119,9 @@ class View:
     def queue_depth(self) -> tuple[int, int]:
         return 3, 4096
 
+    def queue_limits(self) -> tuple[int, int]:
+        return 10, 8192
+
     def readiness(self) -> Readiness:
         return self.ready
 

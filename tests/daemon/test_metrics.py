@@ -170,6 +170,8 @@ def test_the_writer_and_its_queue_are_shown(view: View) -> None:
     assert _value(view, "kvcensus_writer_unknown_removals_total") == 5
     assert _value(view, "kvcensus_queue_messages") == 3
     assert _value(view, "kvcensus_queue_bytes") == 4096
+    assert _value(view, "kvcensus_queue_limit_messages") == 10
+    assert _value(view, "kvcensus_queue_limit_bytes") == 8192
     assert _value(view, "kvcensus_ready") == 0
 
 
