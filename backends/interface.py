@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from .errors import BackendCorrupt, BackendUnsupported
 from .model import (
@@ -47,6 +48,15 @@ from .model import (
 
 class IndexBackend(ABC):
     """An index of residencies. See the module for the contract; errors are those of `backends.errors`."""
+
+    moved_aside: Path | None = None
+    """Where a damaged index was moved when this one was opened in its place, None when there was none."""
+    moved_for: str = ""
+    """What was damaged."""
+    discarded_after_crash: bool = False
+    """Whether an index was dropped at opening because the machine went down while it was written without syncing."""
+    torn_bytes: int = 0
+    """Bytes of a write that a crash left unfinished, cut off at opening: nobody was told that it was done."""
 
     @abstractmethod
     def name(self) -> str:

@@ -267,6 +267,7 @@ class StoreHealth(msgspec.Struct, frozen=True):
 
     `live_bytes` are in use of `limit_bytes`; the rest of the file is free to be used again. `oldest_reader_lag` is by
     how many transactions the oldest one that is read is older than the last one written; `oldest_reader_pid` reads it.
+    `problem` says why the store could not tidy up its files, "" when it could: it works, and grows.
     """
 
     live_bytes: int = 0
@@ -274,3 +275,4 @@ class StoreHealth(msgspec.Struct, frozen=True):
     readers: int = 0
     oldest_reader_lag: int = 0
     oldest_reader_pid: int = 0
+    problem: str = ""

@@ -106,6 +106,11 @@ class IndexFigures(msgspec.Struct):
     stored_bytes: int
     health: StoreHealth
     tier_records: dict[str, float]
+    began_anew: bool
+
+    @property
+    def untidy(self) -> bool:
+        return bool(self.health.problem)
 
 
 class DaemonFigures(msgspec.Struct):
@@ -202,6 +207,9 @@ INDEX_METRICS = (
     _backend(_G, "readers", "health.readers", "Readers of the file, in this process and in others."),
     _backend(_G, "oldest_reader_lag_transactions", "health.oldest_reader_lag",
              "Transactions since the oldest state that somebody still reads; it keeps every page freed since."),
+    _backend(_G, "untidy", "untidy", "1 while the files cannot be made smaller and grow; the log says why."),
+    _backend(_G, "began_anew", "began_anew",
+             "1 when this start found an index that was damaged or not to be believed, and began without it."),
     _backend(_C, "puts_total", "metrics.puts", "Copies stored or refreshed since the index was opened."),
     _backend(_C, "removes_total", "metrics.removes", "Copies removed since the index was opened."),
     _backend(_C, "prefix_scans_total", "metrics.prefix_scans",
@@ -339,7 +347,8 @@ def _index_figures(view: DaemonView) -> IndexFigures | None:
     try:
         for holding in backend.holdings():
             tier_records[holding.tier] += holding.blocks
-        return IndexFigures(backend.metrics(), backend.stored_bytes(), backend.health(), tier_records)
+        began_anew = backend.moved_aside is not None or backend.discarded_after_crash
+        return IndexFigures(backend.metrics(), backend.stored_bytes(), backend.health(), tier_records, began_anew)
     except (BackendError, OSError):
         return None
 
@@ -371,7 +380,7 @@ def _add_histogram(family: Metric, labels: dict[str, str], histogram: Histogram)
 _PAGE_HEAD = """# Metrics
 
 `GET /metrics`, in the Prometheus text format. Counters count since the daemon started. `source` and `bus` are those of
-the configuration, `stream` is NAME or NAME/RANK, `backend` is `memory` or `lmdb`. The other labels have closed sets of
+the configuration, `stream` is NAME or NAME/RANK, `backend` is the name of the backend. The other labels have closed sets of
 values, which are all there from the start. The usual `process_*` metrics are there as well.
 
 This page is made by `python -m kvcensus.daemon.metrics > docs/reference/metrics.md`.

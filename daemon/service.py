@@ -286,22 +286,32 @@ def _unwritten(status: StreamStatus, full: str, since_ms: int) -> StreamStatus:
 
 
 def _open_backend(config: Config) -> IndexBackend:
-    if config.backend != "lmdb":
-        return open_backend(config.backend, Path(config.data_dir), config.backend_options())
+    backend = (_open_lmdb if config.backend == "lmdb" else _open_named)(config)
+    if backend.moved_aside:
+        log.error("index_moved_aside", to=str(backend.moved_aside), reason=backend.moved_for)
+    if backend.discarded_after_crash:
+        log.warning("index_discarded", reason="the machine went down while the index was written without syncing")
+    if backend.torn_bytes:
+        log.warning(
+            "unfinished_write_cut", bytes=backend.torn_bytes, detail="the last commit before a crash, not acknowledged"
+        )
+    return backend
+
+
+def _open_named(config: Config) -> IndexBackend:
+    return open_backend(config.backend, Path(config.data_dir), config.backend_options())
+
+
+def _open_lmdb(config: Config) -> IndexBackend:
     directory = Path(config.data_dir)
     if reason := suspect(directory):
         log.warning("index_suspected", reason=reason, detail="the whole of it is looked at before it is used")
-    backend = LmdbBackend(
+    return LmdbBackend(
         directory,
         durability=config.index.durability,
         map_size=config.index.map_size_bytes,
         rebuild=config.index.on_corrupt is OnCorrupt.REBUILD,
     )
-    if backend.moved_aside:
-        log.error("index_moved_aside", to=str(backend.moved_aside), reason=backend.moved_for)
-    if backend.discarded_after_crash:
-        log.warning("index_discarded", reason="the machine went down while the index was written without syncing")
-    return backend
 
 
 def _shadow_of(config: Config) -> Shadow | None:

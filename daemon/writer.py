@@ -83,6 +83,7 @@ class Writer(threading.Thread):
         self._is_away = False
         self._housekept_s = 0.0
         self._readers_seen_s = 0.0
+        self._untidy = ""
 
     def abandon(self) -> None:
         """Stop without applying what is still queued: the deadline of a shutdown has passed."""
@@ -133,6 +134,12 @@ class Writer(threading.Thread):
             return
         self._readers_seen_s = now
         health = self._backend.health()
+        if health.problem != self._untidy:
+            self._untidy = health.problem
+            if health.problem:
+                log.warning("backend_untidy", backend=self._backend.name(), reason=health.problem, detail="it grows")
+            else:
+                log.info("backend_is_tidy", backend=self._backend.name())
         if health.oldest_reader_lag > _PINNED_TRANSACTIONS:
             log.warning(
                 "reader_pins_the_index",

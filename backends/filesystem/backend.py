@@ -21,6 +21,7 @@ from ..model import (
     IndexMetrics,
     KvBlockKey,
     Operation,
+    StoreHealth,
     WorkerMatch,
 )
 from ..ownership import Owner, lost_in_machine_crash, note_writer
@@ -77,8 +78,6 @@ class FilesystemBackend(IndexBackend):
         self._compaction: Compaction | None = None
         self.snapshot_problem = ""
         """Why the last snapshot was not made. The journal grows until one is."""
-        self.moved_aside: Path | None = None
-        self.moved_for = ""
         self._owner = Owner(directory, _OWNER_WAIT_S)
         try:
             with _named_errors(self._directory):
@@ -99,7 +98,6 @@ class FilesystemBackend(IndexBackend):
         self._index = Index()
         found = recover(self._directory, self._index)
         self.torn_bytes = found.torn_bytes
-        """Bytes of an unfinished record that were cut from the end of the journal at opening."""
         synced = self._durability is Durability.MACHINE
         if synced:
             sync_journal(self._directory)
@@ -255,6 +253,9 @@ class FilesystemBackend(IndexBackend):
             figures.prefix_scans,
             self._written,
         )
+
+    def health(self) -> StoreHealth:
+        return StoreHealth(problem=self.snapshot_problem)
 
     def stored_bytes(self) -> int:
         total = 0

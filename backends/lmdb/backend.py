@@ -75,8 +75,6 @@ class LmdbBackend(IndexBackend):
         self._durability = durability
         self._map_size = map_size
         self._damage: BackendCorrupt | None = None
-        self.moved_aside: Path | None = None
-        self.moved_for = ""
         self._owner = Owner(directory)
         try:
             self.discarded_after_crash = discard_if_machine_crashed(directory)

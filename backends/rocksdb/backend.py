@@ -65,8 +65,6 @@ class RocksdbBackend(IndexBackend):
         """
         self._path = directory / DATABASE
         self._suspect = directory / SUSPECT_FILE
-        self.moved_aside: Path | None = None
-        self.moved_for = ""
         self._owner = Owner(directory)
         try:
             try:
