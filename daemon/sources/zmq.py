@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 import zmq
@@ -94,7 +95,11 @@ class ZmqIntake(threading.Thread):
     def run(self) -> None:
         try:
             while not self._stopping:
-                self._step()
+                self._obey()
+                if self._links or self._buses:
+                    self._step()
+                else:
+                    self._rest()
         except BaseException as error:
             self.error = error
             log.critical("intake_failed", error=repr(error), exc_info=True)
@@ -104,7 +109,6 @@ class ZmqIntake(threading.Thread):
             self._context.destroy(linger=0)
 
     def _step(self) -> None:
-        self._obey()
         poller = zmq.Poller()
         for socket in (*self._links.values(), *self._buses.values()):
             poller.register(socket.live, zmq.POLLIN)
@@ -139,6 +143,12 @@ class ZmqIntake(threading.Thread):
             except Empty:
                 return
             command()
+
+    def _rest(self) -> None:
+        """There is no socket to wait for, and a poller of none would not wait."""
+        self._flush()
+        with suppress(Empty):
+            self._commands.get(timeout=_POLL_MS / 1000)()
 
     def _open(self, stream: FollowedStream, options: ZmqOptions) -> None:
         try:
