@@ -43,6 +43,10 @@ T = TypeVar("T")
 _TRIES = 3
 """Attempts at one call, beside one for each server: an idle connection that went, a move in a cluster, a lost reply."""
 
+_RECLAIM, _RENEW = "reclaim", "renew"
+_TIDYING = (_RECLAIM, _RENEW)
+"""Calls that change nothing that anybody asks about."""
+
 _encode = msgspec.msgpack.encode
 
 
@@ -67,6 +71,8 @@ class ValkeyBackend(IndexBackend):
         self._catalog: WriterCatalog | None = None
         self._uncertain: dict[int, _Attempt] = {}
         self._attempts = 0
+        self._untold: _Attempt | None = None
+        """One that was carried out after all, while its caller asked for something else."""
         self._snapshots: list[Frozen] = []
         self._puts = self._removes = self._bytes_written = 0
         self._damage: BackendCorrupt | None = None
@@ -143,9 +149,14 @@ class ValkeyBackend(IndexBackend):
         """Make one change in one transaction. The same `call` again finds out whether the last one was carried out.
 
         After an error nothing of it is kept, but for BackendUnavailable: then it may be, and the next call will know.
+        A change that finds that another one was carried out, whose caller was told of an error, is not made: it was
+        asked for by somebody who knows no better.
         """
         problem: BaseException | None = None
         with self._lock:
+            if self._untold is not None and self._untold.call == call:
+                done, self._untold = self._untold, None
+                return cast("T", done.outcome)
             for _ in range(self._tries):
                 try:
                     return self._attempt(call, change, commits)
@@ -154,6 +165,11 @@ class ValkeyBackend(IndexBackend):
                     self._settle(done)
                     if done.call == call:
                         return cast("T", done.outcome)
+                    self._untold = done
+                    if call not in _TIDYING:
+                        raise BackendUnavailable(
+                            "the call before this one was carried out after all: ask for it again"
+                        ) from None
                 except (Moved, Overtaken, Uncertain, Disconnected) as error:
                     problem = error
         raise BackendUnavailable(str(problem)) from problem
@@ -187,6 +203,8 @@ class ValkeyBackend(IndexBackend):
         if txn.adds_to("dead"):
             self._sweep.has_dead = True
         self._settle(self._uncertain[self._attempts])
+        if call not in _TIDYING:
+            self._untold = None
         self._bytes_written += batch.bytes_written + txn.bytes_written
         return outcome
 
@@ -270,7 +288,7 @@ class ValkeyBackend(IndexBackend):
             return self._sweep.step(txn, batch, rows, empty=empty)
 
         try:
-            return self._write("reclaim", change)
+            return self._write(_RECLAIM, change)
         except BackendError:
             self._sweep.restart()
             raise
@@ -281,7 +299,7 @@ class ValkeyBackend(IndexBackend):
         def change(txn: Transaction, batch: Batch) -> None:
             txn.ask(())
 
-        self._write("renew", change)
+        self._write(_RENEW, change)
 
     def cursors(self) -> dict[str, Cursor]:
         return self._reader.cursors()

@@ -103,6 +103,37 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(
     backend.close()
 
 
+def test_a_commit_that_was_carried_out_unknown_to_its_caller_is_not_made_twice_whatever_is_asked_in_between(
+    server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(server, tmp_path / "index")
+    exchange = Server.exchange
+    away = []
+
+    def goes_away(self: Server, connection: Any, commands: Any) -> Any:
+        if away:
+            raise Disconnected("away")
+        replies = exchange(self, connection, commands)
+        if commands[-1] == ("EXEC",):
+            away.append(True)
+            raise Disconnected("lost")
+        return replies
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Server, "exchange", goes_away)
+        with pytest.raises(BackendUnavailable):
+            backend.apply([store(A)], at(1))
+    with pytest.raises(BackendUnavailable, match="carried out after all"):
+        backend.apply([clear()], at(0))
+    backend.reclaim(100)
+
+    assert backend.apply([store(A)], at(1)) == ApplyResult(stored=1)
+    assert backend.apply([store(A)], at(2)) == ApplyResult(copies_added=1)
+    assert [one.ref_count for one in backend.find(A)] == [2]
+    assert backend.apply([clear()], at(3)).cleared == 1
+    backend.close()
+
+
 def test_a_server_that_answers_nothing_gets_each_batch_once(server: ValkeyServer, tmp_path: Path) -> None:
     backend = opened(server, tmp_path / "index", timeout_ms=100)
     waker = threading.Timer(1.5, server.resume)
