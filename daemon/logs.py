@@ -1,6 +1,7 @@
 """Log lines on stderr: one event name per thing that happens, with stable keys.
 
-JSON lines when stderr is not a terminal, readable ones when it is. Lines of the standard library's logging (aiohttp,
+JSON lines when stderr is not a terminal, readable ones when it is. To the journal of systemd they begin with their
+priority (sd-daemon(3)), which it takes off. Lines of the standard library's logging (aiohttp,
 asyncio, warnings) come out the same way.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import cast
+from typing import TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
@@ -18,6 +19,9 @@ from .config import LogFormat, LogLevel
 
 FIRST_KEYS = ("timestamp", "level", "event", "logger", "source", "worker", "seq", "epoch")
 """These keys come first, where a line has them."""
+
+_PRIORITIES = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}
+"""Those of syslog(3)."""
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
@@ -32,8 +36,9 @@ def configure(
     """Log lines from `level` up to stderr. May be called again; loggers that exist follow."""
     console = format is LogFormat.CONSOLE or (format is LogFormat.AUTO and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
+    formatter = _JournalFormatter if not console and _is_journal(sys.stderr) else structlog.stdlib.ProcessorFormatter
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
+        formatter(
             foreign_pre_chain=_SHARED,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_rendering(console)],
         )
@@ -53,6 +58,20 @@ def _rendering(console: bool) -> list[Processor]:
         plain = structlog.dev.plain_traceback
         return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
     return [structlog.processors.format_exc_info, _first_keys_first, structlog.processors.JSONRenderer()]
+
+
+class _JournalFormatter(structlog.stdlib.ProcessorFormatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"<{_PRIORITIES.get(record.levelname, _PRIORITIES['INFO'])}>{super().format(record)}"
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether the journal reads it: systemd says which file that is."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM", "") == f"{found.st_dev}:{found.st_ino}"
 
 
 def _first_keys_first(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

@@ -380,8 +380,8 @@ def _add_histogram(family: Metric, labels: dict[str, str], histogram: Histogram)
 _PAGE_HEAD = """# Metrics
 
 `GET /metrics`, in the Prometheus text format. Counters count since the daemon started. `source` and `bus` are those of
-the configuration, `stream` is NAME or NAME/RANK, `backend` is the name of the backend. The other labels have closed sets of
-values, which are all there from the start. The usual `process_*` metrics are there as well.
+the configuration, `stream` is NAME or NAME/RANK, `backend` the name of the backend. The other labels have closed sets
+of values, which are all there from the start. The usual `process_*` metrics are there as well.
 
 This page is made by `python -m kvcensus.daemon.metrics > docs/reference/metrics.md`.
 """

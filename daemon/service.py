@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ class Service:
     def __init__(self, config: Config) -> None:
         """Opens the backend. Raises the errors of `backends.errors`."""
         self._config = config
-        self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry(auto_describe=True)
         self.backend: IndexBackend = _open_backend(config)
         self._queue = FrameQueue(config.writer.queue_max_messages, config.writer.queue_max_bytes)
         self._quarantine = _open_quarantine(config)
@@ -212,6 +213,17 @@ class Service:
 
     def alive(self) -> bool:
         return self._writer.is_alive() and self._intake.is_alive() and self._nats.is_alive()
+
+    def beat_s(self) -> float:
+        """When the writer last was between two steps, by the monotonic clock."""
+        return self._writer.beat_s
+
+    def summary(self) -> str:
+        """How it goes, in one line for people."""
+        trusts = Counter(status.trust for status in self.statuses())
+        workers = ", ".join(f"{trusts[trust]} {trust}" for trust in Trust if trusts[trust]) or "none"
+        problems = self.readiness().problems
+        return "; ".join([f"workers: {workers}", f"{len(self.backend):,} blocks", *problems[:1]])
 
     def readiness(self) -> Readiness:
         """A bus that was never reached leaves nothing to answer from; one that is lost later leaves what is known."""

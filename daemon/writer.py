@@ -84,6 +84,8 @@ class Writer(threading.Thread):
         self._housekept_s = 0.0
         self._readers_seen_s = 0.0
         self._untidy = ""
+        self.beat_s = time.monotonic()
+        """When it last was between two steps, or between two attempts at one."""
 
     def abandon(self) -> None:
         """Stop without applying what is still queued: the deadline of a shutdown has passed."""
@@ -101,6 +103,7 @@ class Writer(threading.Thread):
 
     def _step(self) -> bool:
         """Gather one transaction's worth of work and commit it. False when there will be no more."""
+        self.beat_s = time.monotonic()
         deadline = None
         wait_s = _IDLE_WAIT_S
         while True:
@@ -393,6 +396,7 @@ class Writer(threading.Thread):
     def _apply_until_done(self, cursors: list[Cursor]) -> ApplyResult | None:
         """Apply the batch, waiting for room or for the server as long as it takes. None when told to stop meanwhile."""
         while True:
+            self.beat_s = time.monotonic()
             try:
                 result = self._backend.apply(self._operations, cursors)
             except (BackendFull, BackendUnavailable) as error:

@@ -17,14 +17,15 @@ from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, 
 from ..collector import settle_collector
 from ..config import Config, ConfigError, SourceType, config_from_flags, load_config
 from ..config.endpoints import Endpoint, is_loopback
+from ..foreground import run_until
 from ..http.server import GuardedServer
 from ..logs import configure, get_logger
 from ..relay.http import make_app
 from ..relay.service import RelayService
+from ..service_manager import ServiceManager
 from .ending import EXIT_BUSY, EXIT_CONFIG, EXIT_DATA
 
 EXIT_FAILURE = 1
-_WATCH_S = 0.5
 
 log = get_logger("relay")
 
@@ -137,6 +138,7 @@ def _warnings(config: Config) -> list[str]:
 async def _run(config: Config) -> int:
     """Relay until a signal. Returns the exit code."""
     stopping = asyncio.Event()
+    manager = ServiceManager(os.environ)
     try:
         service = RelayService(config)
     except BackendError as error:
@@ -150,16 +152,14 @@ async def _run(config: Config) -> int:
         settle_collector()
         server = await _listen(service, config)
         log.info("started", pid=os.getpid(), streams=len(service.streams))
-        while not stopping.is_set() and service.failure() is None:
-            try:
-                await asyncio.wait_for(stopping.wait(), _WATCH_S)
-            except TimeoutError:
-                continue
+        manager.ready()
+        await run_until(stopping, service, manager)
     except OSError as error:
         log.critical("cannot_listen", listen=config.http.listen, detail=str(error))
         return EXIT_FAILURE
     finally:
         log.info("stopping")
+        manager.stopping()
         if server is not None:
             await server.stop()
         drained = await asyncio.to_thread(service.stop, config.writer.drain_deadline_ms / 1000)

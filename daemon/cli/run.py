@@ -17,16 +17,16 @@ from kvcensus.backends.registry import usable_backends
 
 from ..collector import settle_collector
 from ..config import EXIT_CONFIG, Config, ConfigError, config_from_flags, load_config
+from ..foreground import run_until
 from ..http.server import HttpServer
 from ..logs import configure, get_logger
 from ..service import Service
+from ..service_manager import ServiceManager
 
 EXIT_FAILURE = 1
 EXIT_DATA = 65
 EXIT_BUSY = 75
 """From sysexits.h: EX_DATAERR, EX_TEMPFAIL; a configuration error is EX_CONFIG."""
-
-_WATCH_S = 0.5
 
 log = get_logger("run")
 
@@ -129,6 +129,7 @@ class _Daemon:
         self._config = config
         self._reload_config = reload_config
         self._stop = asyncio.Event()
+        self._manager = ServiceManager(os.environ)
 
     async def run(self) -> int:
         """Returns the exit code."""
@@ -148,11 +149,8 @@ class _Daemon:
             settle_collector()
             server = await self._listen(service)
             log.info("started", pid=os.getpid(), backend=service.backend.name(), blocks=len(service.backend))
-            while not self._stop.is_set() and service.failure() is None:
-                try:
-                    await asyncio.wait_for(self._stop.wait(), _WATCH_S)
-                except TimeoutError:
-                    continue
+            self._manager.ready()
+            await run_until(self._stop, service, self._manager)
         except OSError as error:
             log.critical("cannot_listen", listen=self._config.http.listen, detail=str(error))
             return EXIT_FAILURE
@@ -160,6 +158,7 @@ class _Daemon:
             return _unusable(error)
         finally:
             log.info("stopping")
+            self._manager.stopping()
             if server is not None:
                 await server.stop()
             drained = await asyncio.to_thread(service.stop, self._config.writer.drain_deadline_ms / 1000)
@@ -179,13 +178,16 @@ class _Daemon:
         return server
 
     def _reload(self, service: Service) -> None:
+        self._manager.reloading()
         if not callable(self._reload_config):
             log.warning("reload_ignored", reason="started from flags, there is no file to read")
+            self._manager.ready()
             return
         try:
             config = self._reload_config()
         except ConfigError as error:
             log.error("reload_refused", detail=str(error))
+            self._manager.ready()
             return
         asyncio.get_running_loop().run_in_executor(None, self._reload_into, service, config)
 
@@ -193,3 +195,4 @@ class _Daemon:
         needs_restart = service.reload(config)
         log.info("reloaded", sources=len(config.sources), needs_restart=needs_restart)
         self._config = config
+        self._manager.ready()

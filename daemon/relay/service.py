@@ -115,6 +115,15 @@ class RelayService:
         """Whether every thread runs."""
         return self.spooler.is_alive() and self.publisher.is_alive() and self._intake.is_alive()
 
+    def beat_s(self) -> float:
+        """When the spooler last was between two steps, by the monotonic clock."""
+        return self.spooler.beat_s
+
+    def summary(self) -> str:
+        """How it goes, in one line for people."""
+        waiting = f"{self.spool.waiting:,} messages wait"
+        return "; ".join([f"{len(self.streams)} streams", waiting, *self.readiness().problems[:1]])
+
     def readiness(self) -> Readiness:
         """Ready is who can spool and publish."""
         problems = []

@@ -68,6 +68,8 @@ class Spooler(threading.Thread):
         self.counters = SpoolerCounters()
         self.error: BaseException | None = None
         self.full = ""
+        self.beat_s = time.monotonic()
+        """When it last was between two steps, or between two attempts at one."""
 
     def acknowledge(self, through: int, published: Mapping[str, Position]) -> None:
         """The bus has every record up to number `through`. Called by the publisher, which gives its map away."""
@@ -91,6 +93,7 @@ class Spooler(threading.Thread):
 
     def _step(self) -> bool:
         """One transaction's worth of work. False when there will be no more."""
+        self.beat_s = time.monotonic()
         items = self._queue.take(_IDLE_WAIT_S)
         if not items and self._queue.closed:
             return False
@@ -150,6 +153,7 @@ class Spooler(threading.Thread):
         """Commit, making room for as long as it takes. False when told to stop meanwhile."""
         through, published = acknowledged
         while True:
+            self.beat_s = time.monotonic()
             started = time.perf_counter()
             try:
                 losses = self._spool.commit(self._records, cursors, through, published.items())

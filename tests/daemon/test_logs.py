@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,3 +146,15 @@ def test_the_format_may_be_forced() -> None:
 
 def test_nothing_is_printed_to_stdout_before_configuring() -> None:
     assert b"early" in _run("log.warning('early')").stderr
+
+
+def test_the_journal_gets_the_priority_of_each_line(tmp_path: Path) -> None:
+    code = "configure(); log.info('a'); log.warning('b'); log.error('c')"
+    with (tmp_path / "journal").open("wb+") as journal:
+        found = os.fstat(journal.fileno())
+        _run(code, stderr=journal.fileno(), JOURNAL_STREAM=f"{found.st_dev}:{found.st_ino}")
+        journal.seek(0)
+        lines = journal.read().decode().splitlines()
+    assert [line[:3] for line in lines] == ["<6>", "<4>", "<3>"]
+    assert [json.loads(line[3:])["event"] for line in lines] == ["a", "b", "c"]
+    assert _run(code, JOURNAL_STREAM="1:1").stderr.startswith(b"{")
