@@ -102,9 +102,9 @@ class Daemon:
         self._headers = _authorization(secrets.get("token_file"))
         self._tls = _tls(secrets.get("tls_ca"), secrets.get("tls_certificate")) if parts.scheme == "https" else None
 
-    def get(self, path: str) -> bytes:
-        """The JSON of an answer."""
-        with self._answer("GET", path, None, {}) as response:
+    def get(self, path: str, also: int | None = None) -> bytes:
+        """The body of an answer. `also`: a status of an error with which it is one too."""
+        with self._answer("GET", path, None, {}, also) as response:
             return response.read()
 
     def post(self, path: str, body: dict[str, Any]) -> bytes:
@@ -121,7 +121,7 @@ class Daemon:
 
     @contextmanager
     def _answer(
-        self, method: str, path: str, body: str | None, headers: dict[str, str]
+        self, method: str, path: str, body: str | None, headers: dict[str, str], also: int | None = None
     ) -> Iterator[http.client.HTTPResponse]:
         connection = (
             http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
@@ -131,7 +131,7 @@ class Daemon:
         try:
             connection.request(method, path, body, {**headers, **self._headers})
             response = connection.getresponse()
-            if response.status >= http.client.BAD_REQUEST:
+            if response.status >= http.client.BAD_REQUEST and response.status != also:
                 raise Failure(_refusal(response), 1)
             yield response
         except http.client.IncompleteRead as error:

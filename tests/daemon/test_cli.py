@@ -19,7 +19,7 @@ from kvcensus.daemon.config import HttpConfig
 
 CAPTURES = Path(__file__).parents[1] / "captures"
 KVCENSUS = [sys.executable, "-m", "kvcensus.daemon.cli"]
-HEAVY = {"aiohttp", "lmdb", "msgspec", "nats", "prometheus_client", "rich", "structlog", "zmq"}
+HEAVY = {"aiohttp", "lmdb", "msgspec", "nats", "prometheus_client", "rich", "structlog", "textual", "zmq"}
 NOBODY = "127.0.0.1:1"
 
 
