@@ -21,6 +21,7 @@ COMMANDS = {
     "relay": "Publish engines' messages to JetStream, through a spool on disk.",
     "check": "Say what a configuration would run, or what is wrong with it.",
     "top": "Watch workers, streams and the index of a running daemon, live.",
+    "tap": "Print the events of a live stream, a bus or a recording, as they pass.",
     "query": "Ask a running daemon: match, locate, children, workers, streams.",
     "snapshot": "Write the whole index as JSON lines.",
     "backend": "Copy, compare, check, compact, back up whole indexes.",

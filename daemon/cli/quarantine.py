@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +19,13 @@ from kvcensus.translators.translation import RejectReason, Translator, Translato
 from ..config import Config, ConfigError, NatsConfig, SourceConfig, load_config
 from ..engines import translator_of
 from ..quarantine import WHOLE_PAYLOAD, Entry, KeptEntries, QuarantineError, printable
+from ..unpacked import unpacked
 from .columns import columns
 from .ending import EXIT_CONFIG, EXIT_IO, EXIT_UNAVAILABLE, Failure
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _BYTES_PER_LINE = 16
-_UNREADABLE = (msgspec.DecodeError, ValueError, TypeError, RecursionError, MemoryError)
 
 
 @click.group()
@@ -78,7 +77,7 @@ def show(entry_id: int, path: Path | None, data_dir: str | None, as_json: bool) 
     if not found:
         raise _not_there([entry_id])
     (entry,) = found
-    decoded, problem = _decoded(entry.raw)
+    decoded, problem = unpacked(entry.raw)
     if as_json:
         more = {"raw_hex": entry.raw.hex(), "decoded": decoded, "undecodable": problem}
         click.echo(json.dumps({**_as_json(entry), **more}))
@@ -263,23 +262,3 @@ def _hex_lines(raw: bytes) -> Iterator[str]:
         part = raw[at : at + _BYTES_PER_LINE]
         text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in part)
         yield f"{at:08x}  {part.hex(' ').ljust(3 * _BYTES_PER_LINE)} |{text}|"
-
-
-def _decoded(raw: bytes) -> tuple[Any, str]:
-    """What the bytes are as JSON, or why they are not msgpack."""
-    try:
-        return _plain(msgspec.msgpack.decode(raw)), ""
-    except _UNREADABLE as error:
-        return None, f"cannot be read: {error}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return f"0x{value.hex()}"
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {str(_plain(key)): _plain(one) for key, one in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -48,9 +48,10 @@ class StreamState(msgspec.Struct):
 
 
 class StreamConfig(msgspec.Struct):
-    """How a stream keeps its messages."""
+    """Which messages a stream keeps, and how."""
 
     retention: str = "limits"
+    subjects: list[str] = []
 
 
 class StreamInfo(_Answer):
