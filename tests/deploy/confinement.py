@@ -33,7 +33,7 @@ def confine(volumes: list[str], files: dict[str, str], readable: list[str]) -> N
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
     _open_ways(readable)
-    for volume in [*volumes, *{str(Path(path).parent) for path in files}]:
+    for volume in [*volumes, *sorted({str(Path(path).parent) for path in files})]:
         _mount_volume(Path(volume))
     for path, text in files.items():
         Path(path).write_text(text)

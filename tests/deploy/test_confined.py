@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from .confined import PROGRAM, REPOSITORY, UNSHARE, why_not
 from .manifests import Container, build, containers, needs_kustomize
-
-_UNSHARE = ["unshare", "--mount", "--net", "--propagation", "private"]
-_PROGRAM = Path(sys.executable).parent / "kvcensus"
-_REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@cache
-def why_not() -> str:
-    """Why nothing can be confined here, "" when it can."""
-    if os.geteuid() != 0 or not shutil.which("setpriv"):
-        return "confining a process needs root, unshare and setpriv"
-    done = subprocess.run([*_UNSHARE, "true"], capture_output=True, text=True)
-    return done.stderr.strip()
-
 
 pytestmark = [needs_kustomize, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
@@ -39,7 +24,7 @@ def container(example: str, name: str) -> Container:
 @pytest.mark.parametrize(
     ("example", "name", "paths"),
     [
-        ("vllm", "kvcensus", {"/livez": 200, "/readyz": 200, "/metrics": 200}),
+        ("sidecar", "kvcensus", {"/livez": 200, "/readyz": 200, "/metrics": 200}),
         ("fleet", "kvcensus-relay", {"/livez": 200, "/readyz": 503, "/metrics": 200}),
         ("fleet", "kvcensus", {"/livez": 200, "/readyz": 503, "/metrics": 200}),
         ("agent", "kvcensus", {"/livez": 200, "/readyz": 200, "/metrics": 200}),
@@ -51,17 +36,17 @@ def test_a_container_starts_without_its_engine_answers_and_ends(example: str, na
     context = one.pod["spec"].get("securityContext", {}) | one.spec["securityContext"]
     (volume,) = [mount["mountPath"] for mount in one.spec["volumeMounts"] if not mount.get("readOnly")]
     task = {
-        "command": [str(_PROGRAM), *one.arguments()],
+        "command": [str(PROGRAM), *one.arguments()],
         "environment": {"PATH": os.environ["PATH"], **one.environment()},
         "user": context["runAsUser"],
         "volumes": [volume],
         "files": one.files(),
         "port": one.spec["ports"][0]["containerPort"],
         "paths": list(paths),
-        "readable": [sys.prefix, sys.base_prefix, str(_REPOSITORY)],
+        "readable": [sys.prefix, sys.base_prefix, str(REPOSITORY)],
     }
     done = subprocess.run(
-        [*_UNSHARE, sys.executable, str(Path(__file__).with_name("confinement.py"))],
+        [*UNSHARE, sys.executable, str(Path(__file__).with_name("confinement.py"))],
         input=json.dumps(task),
         capture_output=True,
         text=True,

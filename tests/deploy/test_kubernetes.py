@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,11 +120,17 @@ def test_a_sidecar_never_waits_for_its_engine_and_never_takes_it_out_of_service(
             assert one.spec["resources"]["requests"] == one.spec["resources"]["limits"], name
 
 
-def test_a_component_changes_only_what_is_labelled_for_it() -> None:
-    """The engine of the other kind is as it was, though the Component of the memory volume matches both kinds."""
-    (untouched,) = [one for one in render(ROOT / "engines") if one["metadata"]["name"] == "qwen"]
-    (beside,) = [one for one in build("vllm-in-memory") if one["metadata"]["name"] == "qwen"]
-    assert beside["spec"] == untouched["spec"]
+def test_a_component_changes_only_what_is_labelled_for_it(tmp_path: Path) -> None:
+    shutil.copytree(ROOT, tmp_path / "kubernetes")
+    engine = tmp_path / "kubernetes" / "engines" / "sglang.yaml"
+    engine.write_text(engine.read_text().replace("kvcensus.dev/engine: sglang", "engine: sglang"))
+    (before,) = [one for one in render(engine.parent) if one["metadata"]["name"] == "qwen"]
+    examples = [name for name in EXAMPLES if any(one.is_sidecar for one in containers(build(name)))]
+    assert examples
+    for example in examples:
+        built = render(tmp_path / "kubernetes" / "examples" / example)
+        (after,) = [one for one in built if one["metadata"]["name"] == "qwen"]
+        assert after["spec"] == before["spec"], example
 
 
 def test_every_container_is_confined() -> None:
@@ -284,8 +291,8 @@ MUTANTS: dict[str, tuple[Callable[[dict[str, Any]], object], type[Exception]]] =
 def test_the_checks_find(mutant: str, tmp_path: Path) -> None:
     """Each of them in a manifest that is sound otherwise."""
     change, expected = MUTANTS[mutant]
-    objects = copy.deepcopy(build("vllm"))
-    (one,) = containers(objects)
+    objects = copy.deepcopy(build("sidecar"))
+    one, *_ = containers(objects)
     change(one.spec)
     with pytest.raises(expected):
         _check(one, tmp_path)
