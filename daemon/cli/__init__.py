@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "Say what a configuration would run, or what is wrong with it.",
     "top": "Watch workers, streams and the index of a running daemon, live.",
     "tap": "Print the events of a live stream, a bus or a recording, as they pass.",
+    "doctor": "Check machine, configuration, index, daemon and sources, with advice.",
     "query": "Ask a running daemon: match, locate, children, workers, streams.",
     "snapshot": "Write the whole index as JSON lines.",
     "backend": "Copy, compare, check, compact, back up whole indexes.",

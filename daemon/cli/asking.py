@@ -88,7 +88,8 @@ timeout_option = click.option(
 class Daemon:
     """A daemon to ask. Every method raises Failure, with what the daemon said of the request."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str, timeout_s: float, token_file: str = "") -> None:
+        """`token_file` is used where the command was given none."""
         self._url = address if "//" in address else f"http://{address}"
         try:
             parts = urlsplit(self._url)
@@ -99,7 +100,7 @@ class Daemon:
             raise click.BadParameter(f"{address!r} is not HOST:PORT", param_hint="--http")
         self._host, self._port, self._timeout_s = host, port, timeout_s
         secrets = click.get_current_context().meta.get(_SECRETS, {})
-        self._headers = _authorization(secrets.get("token_file"))
+        self._headers = _authorization(secrets.get("token_file") or token_file)
         self._tls = _tls(secrets.get("tls_ca"), secrets.get("tls_certificate")) if parts.scheme == "https" else None
 
     def get(self, path: str, also: int | None = None) -> bytes:
