@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from rich.text import Text
 
-from ..status import Trust
+from ..status import BusStatus, Trust
 from .rates import Rates
 from .rows import STYLES, SYMBOLS, trust_words
 from .sample import Sample
@@ -131,6 +131,19 @@ def worker_lines(sample: Sample, rates: Rates | None, name: str) -> Text:
     if stream_rates is not None:
         rate = f"{count(stream_rates.messages)} messages, {count(stream_rates.stored)} stored, "
         lines.append(("a second", f"{rate}{count(stream_rates.removed)} removed, lag {duration(stream_rates.lag_s)}"))
+    return labelled(lines)
+
+
+def bus_lines(bus: BusStatus) -> Text:
+    """One bus, with the whole of its problem."""
+    lines = [
+        ("state", bus.state.value),
+        *([("because", bus.problem)] if bus.problem else []),
+        ("events of", bus.type),
+        ("servers", " ".join(bus.servers)),
+        ("stream", f"{bus.jetstream}, read up to {bus.position}, {bus.pending} left" if bus.jetstream else "core NATS"),
+        ("workers", f"{bus.workers}, {bus.refused} messages of others refused"),
+    ]
     return labelled(lines)
 
 

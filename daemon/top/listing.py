@@ -14,7 +14,7 @@ class Listing(DataTable[Text]):
     """Shows rows in as many lines as there are: a line is written anew only where its words have changed."""
 
     def __init__(self, columns: Sequence[Column], name: str) -> None:
-        super().__init__(id=name, cursor_type="row", cell_padding=0)
+        super().__init__(id=name, cursor_type="row", cell_padding=0, fixed_columns=1)
         self._shown_columns = columns
         self._rows: list[Row] = []
         self._lines: list[list[tuple[str, str]]] = []

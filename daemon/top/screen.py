@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Footer, Input, Static, TabbedContent, TabPane
 
-from .details import backend_lines, headline, labelled, worker_lines
+from .details import backend_lines, bus_lines, headline, labelled, worker_lines
 from .listing import Listing
 from .looking import Look, Unreachable
 from .rates import Rates, rates_between
@@ -103,6 +103,7 @@ class Top(App[None]):
         ("question_mark", "help", "Help"),
         ("q", "quit", "Quit"),
         Binding("escape", "all", "All", show=False),
+        Binding("ctrl+c", "quit", "Quit", show=False, priority=True),
     ]
 
     def __init__(self, look: Look, where: str, interval_s: float) -> None:
@@ -228,8 +229,12 @@ class Top(App[None]):
             listing.sort_by(listing.sorted_by)
 
     def action_filter(self) -> None:
-        """Ask for words."""
+        """Ask for words, beginning with those that are looked for already."""
+        listing = self._listing()
+        if listing is None:
+            return
         box = self.query_one("#filter", Input)
+        box.value = listing.words
         box.add_class("open")
         box.focus()
 
@@ -264,10 +269,13 @@ class Top(App[None]):
         self._update_head()
 
     def on_data_table_row_selected(self) -> None:
-        """Everything about the worker under the cursor."""
+        """Everything about the worker, or the bus, under the cursor."""
         listing = self._listing()
         row = listing.selected if listing is not None else None
-        if row is None or self._sample is None or row.bus is not None:
+        if row is None or self._sample is None:
+            return
+        if row.bus is not None:
+            self.push_screen(Page(row.key, bus_lines(row.bus)))
             return
         worker = row.worker.worker_id if row.worker else row.stream.worker_id if row.stream else ""
         self.push_screen(WorkerPage(worker, worker_lines(self._sample, self._rates, worker)))

@@ -62,6 +62,24 @@ def test_a_daemon_before_while_and_after_it_runs(tmp_path: Path) -> None:
     assert found["owner"]["says"] == "nobody has it"
 
 
+def test_the_token_is_that_of_the_configuration(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("c2VjcmV0\n")
+    tokens.chmod(0o644)
+    config = tmp_path / "kvcensus.toml"
+    port = free_port()
+    config.write_text(
+        f"data_dir = '{tmp_path}/data'\nhttp = {{listen = '127.0.0.1:{port}', token_file = '{tokens}'}}\n"
+    )
+    with DaemonProcess(tmp_path, "--config", str(config), port=port):
+        code, found = doctor("--config", config)
+    assert (code, found["http"]["says"]) == (0, f"answers at 127.0.0.1:{port}")
+    command = [sys.executable, "-m", "kvcensus.daemon.cli", "doctor", "--config", str(config)]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    assert "tokens can be read by others than its owner: chmod 600" in shown
+    assert "c2VjcmV0" not in shown
+
+
 def test_what_is_wrong_is_found_and_nothing_is_changed(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir(mode=0o777)

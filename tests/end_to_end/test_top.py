@@ -22,7 +22,7 @@ from kvcensus.daemon.top.looking import Unreachable, look
 from kvcensus.daemon.top.sample import Sample
 from kvcensus.daemon.top.screen import Top, WorkerPage
 
-from ..daemon.served import View, serving, status
+from ..daemon.served import Bus, View, bus_status, serving, status
 from .daemon_process import DaemonProcess, wait_until
 
 KVCENSUS = [sys.executable, "-m", "kvcensus.daemon.cli"]
@@ -184,6 +184,30 @@ def test_a_thousand_workers(tmp_path: Path) -> None:
             await pilot.press("ctrl+end")
             assert workers.selected is not None
             assert workers.selected.key == "gpu-998"
+
+    with serving(view) as client:
+        asyncio.run(drive(client.port))
+
+
+def test_a_bus_that_fails_says_why() -> None:
+    from kvcensus.backends.memory import MemoryBackend
+
+    view = View(MemoryBackend(), [status("gpu/0")])
+    view.followed_buses = [Bus(bus_status("fleet", problem="nats://nats:4222: nobody answers"))]
+
+    async def drive(port: int) -> None:
+        app = Top(looking_at(port), "there", 0.2)
+        async with app.run_test(size=(80, 24)) as pilot:
+            buses = table(app, "bus_table")
+            await until(pilot, lambda: len(buses.shown) == 1, "the bus is there")
+            await pilot.press("4")
+            await until(pilot, lambda: buses.has_focus, "it is shown")
+            await pilot.press("enter")
+            assert "because       nats://nats:4222: nobody answers" in str(
+                app.screen.query_one("#text", Static).render()
+            )
+            await pilot.press("ctrl+c")
+        assert app.return_code == 0
 
     with serving(view) as client:
         asyncio.run(drive(client.port))
