@@ -73,7 +73,7 @@ class Machine(msgspec.Struct, frozen=True):
 class Directory(msgspec.Struct, frozen=True):
     """A data directory, or the place for one. `of_others`: files in it that belong to another user than it does.
 
-    `owner_pid` holds its lock; None: nobody that is visible here. `noted_pid` is the last one that did.
+    `owner_pid` holds its lock; None: nobody that is visible here.
     `leftovers` are files that nothing needs, and their bytes.
     """
 
@@ -87,7 +87,6 @@ class Directory(msgspec.Struct, frozen=True):
     newest_s: float = 0.0
     leftovers: tuple[tuple[str, int], ...] = ()
     owner_pid: int | None = None
-    noted_pid: int | None = None
 
 
 class Reader(msgspec.Struct, frozen=True):

@@ -58,7 +58,6 @@ def look_at_directory(path: Path) -> Directory:
         for one in path.iterdir():
             with suppress(OSError):
                 files.append((one, one.lstat()))
-    noted = _noted_pid(path)
     return Directory(
         str(path),
         exists=True,
@@ -72,7 +71,6 @@ def look_at_directory(path: Path) -> Directory:
             sorted((one.name, stat.st_size) for one, stat in files if one.name.startswith("index.mdb.corrupt"))
         ),
         owner_pid=_owner_pid(path / "owner.lock"),
-        noted_pid=noted,
     )
 
 
@@ -122,12 +120,6 @@ def _owner_pid(lock: Path) -> int | None:
     with suppress(OSError, ValueError):
         seen = lock.stat()
         return holder_of(seen.st_ino, seen.st_dev, Path("/proc/locks").read_text())
-    return None
-
-
-def _noted_pid(path: Path) -> int | None:
-    with suppress(OSError, ValueError):
-        return int((path / "owner.lock").read_text())
     return None
 
 

@@ -20,6 +20,7 @@ _POLL_MS = 100
 def follow_zmq(source: SourceConfig, inbox: Inbox, note: Callable[[str], None], ended: threading.Event) -> None:
     """Put every message into the inbox until `ended`; `note` is told of connections. What is wrong fails the inbox."""
     endpoints = [stream.endpoint for stream in source.streams()] or [str(Endpoint.parse(source.endpoint))]
+    note(f"{'waiting at' if source.bind else 'connecting to'} {' '.join(endpoints)}")
     with zmq.Context() as context:
         live: list[LiveSocket] = []
         try:

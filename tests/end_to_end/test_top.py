@@ -94,8 +94,8 @@ def test_workers_streams_and_backend_are_shown_live(daemon: DaemonProcess) -> No
             workers = table(app, "worker_table")
             await until(pilot, lambda: len(workers.shown) == 3, "three workers")
             await until(pilot, lambda: any((row.rates and row.rates.stored) for row in workers.shown), "rates")
+            await until(pilot, lambda: "3 workers   ● 2 fresh   ○ 1 stale" in head(app), "two are followed")
             assert "● ready" in head(app)
-            assert "3 workers   ● 2 fresh   ○ 1 stale" in head(app)
             before = head(app)
             await until(pilot, lambda: head(app) != before, "the figures move")
 
