@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -12,9 +13,12 @@ from kvcensus.daemon.config import NatsConfig, SourceConfig
 from kvcensus.daemon.config.source import SourceType
 from kvcensus.daemon.relay.convention import Address, address_headers, numbered, subject_of
 from kvcensus.daemon.streams.delivery import Control
-from kvcensus.daemon.tap.decoding import Kind, Seen, Tap
+from kvcensus.daemon.tap.decoding import EVENTS, Kind, Seen, Tap
 from kvcensus.daemon.tap.inbox import Inbox, Incoming
 from kvcensus.daemon.tap.wording import Wanted, json_of, line_of
+
+from .. import dynamo_captures
+from ..captures_reader import capture_names, load_capture
 
 SOURCE = SourceConfig(endpoint="tcp://engine:5557", name="gpu", model="m")
 STORED = {
@@ -77,6 +81,44 @@ def test_missing_numbers_and_numbers_that_go_backwards_are_noted() -> None:
     assert [one.kind for one in found] == ["clear", "clear", "gap", "clear", "backwards", "clear"]
     assert found[2].missing == (5, 7)
     assert "3 messages did not come: 5 to 7" in line_of(found[2])
+
+
+UNCOUNTED = "vllm-0.32.0-fullreport"
+"""Reports the same copy more than once: only an index that knows of `count_copies = false` can add it up."""
+
+
+@pytest.mark.parametrize("name", [one for one in capture_names("*") if one != UNCOUNTED])
+def test_what_is_shown_of_a_captured_engine_adds_up_to_its_cache(name: str) -> None:
+    engine = SourceType(name.partition("-")[0])
+    for stage in load_capture(name).stages:
+        tap, held = Tap(SourceConfig(endpoint="tcp://engine:5557", type=engine)), Counter[tuple[str, int | None]]()
+        for message in (*stage.missed, *stage.messages):
+            wire = [message.topic, message.seq.to_bytes(8, "big"), message.payload]
+            for one in tap.see(Incoming(0, wire)):
+                assert one.kind in (Kind.STORE, Kind.REMOVE, Kind.CLEAR)
+                if one.kind is Kind.CLEAR:
+                    held.clear()
+                for block in one.block_hashes:
+                    held[block, one.group] += 1 if one.kind is Kind.STORE else -1
+        copies = {block: count if engine is SourceType.VLLM else 1 for block, count in held.items() if count > 0}
+        assert copies == {(block.hex(), group): count for (block, group), count in stage.copies.items()}
+
+
+@pytest.mark.parametrize("name", dynamo_captures.NAMES)
+def test_every_captured_event_of_dynamo_is_shown(name: str) -> None:
+    messages = dynamo_captures.messages_of(name)
+    config: SourceConfig | NatsConfig = (
+        SourceConfig(endpoint="tcp://engine:5557", type=SourceType.DYNAMO)
+        if messages[0].frames
+        else NatsConfig(name="fleet", type=SourceType.DYNAMO)
+    )
+    tap = Tap(config)
+    incoming = [Incoming(0, list(one.frames) or [one.payload], "", one.subject) for one in messages]
+    shown = seen(tap, *incoming)
+    blocks = Counter(one.kind.value for one in shown for _ in one.block_hashes or [""] if one.kind in EVENTS)
+    steps = dynamo_captures.published(name).steps.values()
+    assert blocks == Counter(step[0] for rank in steps for step in rank if step[0] != "life")
+    assert {one.kind for one in shown}.isdisjoint({Kind.REJECTED, Kind.GAP})
 
 
 def bus_message(worker: str, seq: int, data: bytes, control: Control = Control.NONE) -> Incoming:
