@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rocksdict import AccessType, Rdict, ReadOptions, WriteBatch
+from rocksdict import AccessType, Rdict, RdictIter, ReadOptions, WriteBatch
 
 from ..errors import BackendError
 from .backend import DATABASE
@@ -27,10 +27,10 @@ _ALL_FILES = -1
 def copy_database(directory: Path, into: Path) -> None:
     """Make `into` a data directory with the index that the data directory has now, synced. Raises BackendError."""
     options = options_for(Resources())
-    with tempfile.TemporaryDirectory(prefix="reading-", dir=into) as own, _following(directory, Path(own)) as reading:
+    with tempfile.TemporaryDirectory(prefix="reading-", dir=into) as own, _moment(directory, Path(own)) as rows:
         target = Rdict(str(into / DATABASE), options, {"default": options})
         try:
-            _copy_rows(reading, target)
+            _copy_rows(rows, target)
         except Exception as error:
             if type(error) is not Exception:
                 raise
@@ -40,37 +40,53 @@ def copy_database(directory: Path, into: Path) -> None:
 
 
 @contextmanager
-def _following(directory: Path, own: Path) -> Iterator[Rdict]:
-    """A second instance of a database, which keeps every file open that it has. `own` is for its own log."""
+def _moment(directory: Path, own: Path) -> Iterator[list[RdictIter]]:
+    """An iterator over a second instance of the database, in a list: it keeps the database open, so it has to go first.
+
+    The second instance reads which files there are, and then the logs. When the first one has written a log to a file
+    in between, and deleted it, those rows are in neither: so no log may have come or gone. `own` is for its own notes.
+    """
+    path = directory / DATABASE
     options = options_for(Resources())
     options.set_max_open_files(_ALL_FILES)
-    for left in reversed(range(_TRIES)):
+    problem = "its logs come and go faster than they can be read"
+    for _ in range(_TRIES):
+        logs = _logs(path)
         try:
-            reading = Rdict(str(directory / DATABASE), options, access_type=AccessType.secondary(str(own)))
-            break
+            reading = Rdict(str(path), options, access_type=AccessType.secondary(str(own)))
         except Exception as error:
-            if type(error) is not Exception or not left:
-                raise BackendError(f"{directory / DATABASE} cannot be read: {error}") from error
-    try:
-        yield reading
-    finally:
-        reading.close()
+            if type(error) is not Exception:
+                raise
+            problem = str(error)
+            continue
+        rows = [reading.iter(_everything())]
+        try:
+            if _logs(path) == logs:
+                yield rows
+                return
+        finally:
+            rows.clear()
+            reading.close()
+    raise BackendError(f"{path} cannot be read: {problem}")
 
 
-def _copy_rows(source: Rdict, target: Rdict) -> None:
-    everything = ReadOptions()
-    everything.set_total_order_seek(True)
-    rows = source.iter(everything)
-    try:
-        rows.seek(b"")
-        while rows.valid():
-            batch = WriteBatch(raw_mode=True)
-            while len(batch) < _BATCH_ROWS and rows.valid():
-                batch.put(rows.key(), rows.value())
-                rows.next()
-            target.write(batch)
-        rows.status()
-    finally:
-        # An iterator keeps the database open.
-        del rows
+def _logs(path: Path) -> set[str]:
+    return {one.name for one in path.glob("*.log")}
+
+
+def _everything() -> ReadOptions:
+    options = ReadOptions()
+    options.set_total_order_seek(True)
+    return options
+
+
+def _copy_rows(rows: list[RdictIter], target: Rdict) -> None:
+    rows[0].seek(b"")
+    while rows[0].valid():
+        batch = WriteBatch(raw_mode=True)
+        while len(batch) < _BATCH_ROWS and rows[0].valid():
+            batch.put(rows[0].key(), rows[0].value())
+            rows[0].next()
+        target.write(batch)
+    rows[0].status()
     target.flush_wal(sync=True)
