@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,3 +19,11 @@ def test_every_folder_of_code_is_a_package_of_the_distribution() -> None:
 def test_each_room_says_that_it_is_typed() -> None:
     for room in ROOMS:
         assert (ROOT / room / "py.typed").exists()
+
+
+def test_every_file_of_the_status_page_is_in_the_wheel() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    files = [path.name for path in (ROOT / "daemon/http/page").iterdir() if path.suffix in (".html", ".css", ".js")]
+    assert len(files) > 2
+    for name in files:
+        assert any(fnmatch(name, pattern) for pattern in patterns["kvcensus.daemon.http.page"]), name

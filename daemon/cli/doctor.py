@@ -163,7 +163,7 @@ def _ask(address: str, config: Config) -> Running:
 
     from ..config.endpoints import is_loopback
     from ..doctor.facts import Running
-    from ..http.bodies import IndexAnswer, StreamsAnswer
+    from ..http.bodies import DaemonState, StreamsAnswer
     from ..status import Readiness
 
     if not address:
@@ -176,7 +176,7 @@ def _ask(address: str, config: Config) -> Running:
         return Running(
             address,
             loopback=nearby,
-            version=msgspec.json.decode(daemon.get("/"), type=IndexAnswer).version,
+            version=msgspec.json.decode(daemon.get("/v1/daemon"), type=DaemonState).version,
             our_version=version("kvcensus"),
             readiness=msgspec.json.decode(readiness, type=Readiness),
             streams=msgspec.json.decode(daemon.get("/v1/streams"), type=StreamsAnswer),

@@ -12,12 +12,11 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from ..config import HttpConfig
 from ..status import DaemonView, Readiness
-from .answers import JSON, answer, errors_as_answers
+from .answers import JSON, errors_as_answers
 from .bodies import (
     ChildrenBody,
     ChildrenQuery,
-    EndpointLine,
-    IndexAnswer,
+    DaemonState,
     Liveness,
     LocateBody,
     LocateQuery,
@@ -28,7 +27,8 @@ from .bodies import (
     StreamsAnswer,
     WorkersAnswer,
 )
-from .openapi import Endpoint, describe
+from .openapi import HTML, Endpoint, describe
+from .page import status_page
 from .questions import Questions
 from .security import OPEN_PATHS, Guard
 from .snapshot import Snapshots
@@ -59,29 +59,37 @@ def make_app(view: DaemonView, config: HttpConfig, guard: Guard | None = None) -
     async def end_threads(_: web.Application) -> None:
         await asyncio.to_thread(threads.shutdown)
 
+    app.on_response_prepare.append(_not_kept)
     app.on_shutdown.append(stop_snapshots)
     app.on_cleanup.append(end_threads)
     return app
 
 
+async def _not_kept(_: web.Request, response: web.StreamResponse) -> None:
+    """No answer outlives the question in a cache, or is taken for another type than it says."""
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+
+
 def endpoints(
     view: DaemonView, config: HttpConfig, snapshots: Snapshots, threads: ThreadPoolExecutor
 ) -> list[Endpoint]:
-    """Every endpoint: routes, the description and the index page are made from this list."""
+    """Every endpoint: routes and the description are made from this list."""
     questions = Questions(view, config, threads)
     state = State(view)
     served: list[Endpoint] = []
     release = version("kvcensus")
 
-    async def index(request: web.Request) -> web.Response:
-        lines = [EndpointLine(one.method, one.path, one.summary) for one in served]
-        return answer(request, IndexAnswer("kvcensus", release, lines))
+    shown = status_page()
+
+    async def page(request: web.Request) -> web.Response:
+        return web.Response(text=shown.text, content_type=HTML, headers=shown.headers)
 
     async def openapi(request: web.Request) -> web.Response:
         return web.Response(body=description, content_type=JSON)
 
     served += [
-        Endpoint("GET", "/", index, "What can be asked here.", IndexAnswer),
+        Endpoint("GET", "/", page, "The status page, for a browser.", media=HTML),
         Endpoint("POST", "/v1/match", questions.match, "How long a prefix of these blocks each worker could serve.",
                  MatchAnswer, body=MatchBody, errors=_POSTED),
         Endpoint("POST", "/v1/locate", questions.locate, "Every residency of one block.",
@@ -95,13 +103,15 @@ def endpoints(
                  ResidenciesAnswer, query=ChildrenQuery, errors=_GOT),
         Endpoint("GET", "/v1/workers", state.workers, "Every worker: trust, and what it holds.",
                  WorkersAnswer, errors=(500, 503)),
+        Endpoint("GET", "/v1/daemon", state.daemon, "The daemon itself: version, problems, index, queue.",
+                 DaemonState, errors=(500, 503)),
         Endpoint("GET", "/v1/streams", state.streams, "Every configured stream.", StreamsAnswer, errors=(500,)),
         Endpoint("GET", "/v1/snapshot", snapshots.snapshot, "The whole index as of one moment, a residency a line.",
                  Residency, lines=True, errors=(429, 500, 503)),
         Endpoint("GET", "/livez", state.livez, "Whether every thread of the daemon runs.", Liveness, unwell=True),
         Endpoint("GET", "/readyz", state.readyz, "Whether the daemon can answer.", Readiness, unwell=True),
         Endpoint("GET", "/metrics", make_aiohttp_handler(view.registry), "Figures for Prometheus."),
-        Endpoint("GET", "/openapi.json", openapi, "This description.", document=True),
+        Endpoint("GET", "/openapi.json", openapi, "This description.", media=JSON),
     ]  # fmt: skip
     description = msgspec.json.encode(describe(served, release, OPEN_PATHS))
     return served

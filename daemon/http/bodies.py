@@ -233,11 +233,14 @@ class StreamReport(StreamStatus, frozen=True):
     """A stream as of its last commit.
 
     `age_ms` is the time since that commit, `lag_s` the time in seconds since the engine sent the last committed
-    message: both grow while the engine is silent, and are null before the first message.
+    message: both grow while the engine is silent, and are null before the first message. `gaps`, and the messages that
+    no replay brought, count since the daemon started.
     """
 
     age_ms: int | None
     lag_s: float | None
+    gaps: int
+    unrecovered_messages: int
 
 
 class StreamsAnswer(msgspec.Struct, frozen=True):
@@ -253,20 +256,26 @@ class Liveness(msgspec.Struct, frozen=True):
     alive: bool
 
 
-class EndpointLine(msgspec.Struct, frozen=True):
-    """One endpoint of the index page."""
+class IndexState(msgspec.Struct, frozen=True):
+    """The index: `records`, and its bytes on disk. `live_bytes` are in use of `limit_bytes`; 0 for a store without."""
 
-    method: str
-    path: str
-    summary: str
+    records: int
+    stored_bytes: int
+    live_bytes: int
+    limit_bytes: int
 
 
-class IndexAnswer(msgspec.Struct, frozen=True):
-    """What this server is and what can be asked of it."""
+class DaemonState(msgspec.Struct, frozen=True):
+    """The daemon itself. `ready` and `problems` are those of `/readyz`; `queued_*` wait for the writer."""
 
-    name: str
     version: str
-    endpoints: list[EndpointLine]
+    uptime_s: float
+    ready: bool
+    problems: list[str]
+    backend: str
+    index: IndexState
+    queued_messages: int
+    queued_bytes: int
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

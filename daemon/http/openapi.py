@@ -14,13 +14,14 @@ from .snapshot import NDJSON
 
 _REFERENCE = "#/components/schemas/{name}"
 _TEXT = "text/plain"
+HTML = "text/html"
 
 
 class Endpoint(NamedTuple):
     """One method on one path. `body` and `query` are what a request carries, `answer` the JSON type of a 200.
 
     `lines`: the answer is a stream of such objects, one a line. `errors` are the statuses that carry an ErrorAnswer;
-    `unwell` says that a 503 has the same body as a 200. Without `answer` the answer is text, or any JSON if `document`.
+    `unwell` says that a 503 has the same body as a 200. Without `answer` the answer is of type `media`.
     """
 
     method: str
@@ -32,7 +33,7 @@ class Endpoint(NamedTuple):
     query: type[msgspec.Struct] | None = None
     lines: bool = False
     unwell: bool = False
-    document: bool = False
+    media: str = _TEXT
     errors: tuple[int, ...] = ()
 
 
@@ -105,7 +106,7 @@ _MEANINGS = {
 
 def _content(endpoint: Endpoint) -> dict[str, Any]:
     if endpoint.answer is None:
-        return {JSON: {"schema": {"type": "object"}}} if endpoint.document else {_TEXT: {"schema": {"type": "string"}}}
+        return {endpoint.media: {"schema": {"type": "object" if endpoint.media == JSON else "string"}}}
     schema = {"schema": _reference(endpoint.answer)}
     return {NDJSON: schema} if endpoint.lines else {JSON: schema, MSGPACK: schema}
 

@@ -21,8 +21,8 @@ from ..logs import get_logger
 from .answers import JSON, RequestRefused
 from .bodies import ErrorAnswer, ErrorDetail
 
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
-"""Probes tell nothing but whether the daemon is well, and a kubelet has no token."""
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz"})
+"""Probes tell nothing but whether the daemon is well, and a kubelet has no token. The status page has no data in it."""
 METRICS_PATH = "/metrics"
 SCHEME = "bearer"
 CHALLENGE = 'Bearer realm="kvcensus"'

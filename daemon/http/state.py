@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from http import HTTPStatus
+from importlib.metadata import version
 
 import msgspec
 from aiohttp import web
 
 from kvcensus.backends.model import Holding
 
+from ..counters import IntakeCounters
 from ..followed import now_ms
 from ..status import DaemonView, StreamStatus, Trust
 from .answers import answer
 from .beliefs import NO_STREAM, age_ms
-from .bodies import HeldGroup, Liveness, StreamReport, StreamsAnswer, WorkersAnswer, WorkerState
+from .bodies import (
+    DaemonState,
+    HeldGroup,
+    IndexState,
+    Liveness,
+    StreamReport,
+    StreamsAnswer,
+    WorkersAnswer,
+    WorkerState,
+)
 
 
 class State:
@@ -22,6 +34,8 @@ class State:
 
     def __init__(self, view: DaemonView) -> None:
         self._view = view
+        self._began_s = time.monotonic()
+        self._version = version("kvcensus")
 
     async def livez(self, request: web.Request) -> web.Response:
         alive = self._view.alive()
@@ -32,10 +46,23 @@ class State:
         status = HTTPStatus.OK if readiness.ready else HTTPStatus.SERVICE_UNAVAILABLE
         return answer(request, readiness, status)
 
+    async def daemon(self, request: web.Request) -> web.Response:
+        readiness = self._view.readiness()
+        backend = self._view.backend
+        health = backend.health()
+        index = IndexState(len(backend), backend.stored_bytes(), health.live_bytes, health.limit_bytes)
+        uptime_s = time.monotonic() - self._began_s
+        queued = self._view.queue_depth()
+        body = DaemonState(self._version, uptime_s, readiness.ready, readiness.problems, backend.name(), index, *queued)
+        return answer(request, body)
+
     async def streams(self, request: web.Request) -> web.Response:
         at_ms = now_ms()
         buses = [bus.status() for bus in self._view.buses()]
-        return answer(request, StreamsAnswer([_report(status, at_ms) for status in self._view.statuses()], buses))
+        counted = {one.stream: one.intake for one in self._view.stream_counters()}
+        nothing = IntakeCounters()
+        reports = [_report(one, counted.get(one.stream, nothing), at_ms) for one in self._view.statuses()]
+        return answer(request, StreamsAnswer(reports, buses))
 
     async def workers(self, request: web.Request) -> web.Response:
         held: dict[str, list[Holding]] = defaultdict(list)
@@ -47,9 +74,15 @@ class State:
         return answer(request, WorkersAnswer([_worker(name, statuses.get(name), held[name], at_ms) for name in names]))
 
 
-def _report(status: StreamStatus, at_ms: int) -> StreamReport:
+def _report(status: StreamStatus, intake: IntakeCounters, at_ms: int) -> StreamReport:
     lag_s = (at_ms - status.engine_ms) / 1000 if status.engine_ms else None
-    return StreamReport(**msgspec.structs.asdict(status), age_ms=age_ms(status, at_ms), lag_s=lag_s)
+    return StreamReport(
+        **msgspec.structs.asdict(status),
+        age_ms=age_ms(status, at_ms),
+        lag_s=lag_s,
+        gaps=intake.gaps,
+        unrecovered_messages=intake.unrecovered,
+    )
 
 
 def _worker(worker_id: str, status: StreamStatus | None, held: list[Holding], at_ms: int) -> WorkerState:

@@ -47,7 +47,7 @@ MACHINE = Machine(
 SETTINGS = Settings(queue_max_bytes=GIB // 4, max_connections=512, streams=8, map_size=1 << 40)
 DIRECTORY = Directory("/var/data", exists=True, writable=True, uid=7, our_uid=7, owner_pid=42)
 INDEX = Index(exists=True, file=GIB, has_lock_file=True, opened=True, live=GIB // 2, durability="process")
-STREAM = StreamReport(**msgspec.structs.asdict(status("gpu")), age_ms=1, lag_s=0.1)
+STREAM = StreamReport(**msgspec.structs.asdict(status("gpu")), age_ms=1, lag_s=0.1, gaps=0, unrecovered_messages=0)
 RUNNING = Running(
     "127.0.0.1:9480",
     version="1",

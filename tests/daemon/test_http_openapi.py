@@ -61,13 +61,13 @@ def _schema(description: dict[str, Any], schema: dict[str, Any]) -> Draft202012V
 
 
 QUESTIONS: list[tuple[str, str, dict[str, Any] | None]] = [
-    ("GET", "/", None),
     ("POST", "/v1/match", {"block_hashes": [name(0), 1], "scope": {"model_id": "m"}, "trusted_only": False}),
     ("POST", "/v1/locate", {"block_hash": name(0), "scope": None, "group": 0}),
     ("GET", f"/v1/locate?block_hash={name(0)}", None),
     ("POST", "/v1/children", {"scope": {"model_id": "m", "adapter_id": None}, "prefix_hash": "root"}),
     ("GET", "/v1/children?model_id=m&prefix_hash=root", None),
     ("GET", "/v1/workers", None),
+    ("GET", "/v1/daemon", None),
     ("GET", "/v1/streams", None),
     ("GET", "/livez", None),
     ("GET", "/readyz", None),

@@ -1,9 +1,13 @@
 """Probes, streams, workers, the index page and metrics over real HTTP; and the life of the server itself."""
 
 import asyncio
+import base64
+import hashlib
+import re
 import socket
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 
@@ -59,7 +63,8 @@ def test_readyz_lists_the_problems(client: Client, view: View) -> None:
     assert (answer.status, answer.json) == (503, {"ready": False, "problems": ["nothing can be written: full"]})
 
 
-def test_streams_tell_all_of_their_status_with_age_and_lag(client: Client) -> None:
+def test_streams_tell_all_of_their_status_with_age_and_lag(client: Client, view: View) -> None:
+    view.counters[0].intake.gaps, view.counters[0].intake.unrecovered = 2, 1
     before_ms = time.time() * 1000
     followed, idle = client.get("/v1/streams").json["streams"]
 
@@ -82,6 +87,8 @@ def test_streams_tell_all_of_their_status_with_age_and_lag(client: Client) -> No
         "blocks_stored": 7,
         "blocks_removed": 3,
         "silent": False,
+        "gaps": 2,
+        "unrecovered_messages": 1,
     }
     assert age_ms == pytest.approx(before_ms - 1_700_000_000_100, abs=5000)
     assert lag_s == pytest.approx(age_ms / 1000 + 0.1, abs=0.01)
@@ -119,16 +126,41 @@ def test_workers_have_their_holdings_and_every_stream_has_a_worker(client: Clien
     assert (idle["worker_id"], idle["trust"], idle["blocks"], idle["holdings"]) == ("idle", "stale", 0, [])
 
 
-def test_the_index_page_lists_every_endpoint(client: Client) -> None:
-    index = client.get("/").json
+def test_the_daemon_tells_of_itself_also_when_it_is_not_ready(client: Client, view: View) -> None:
+    view.ready = Readiness(False, ["nothing can be written: full"])
+    answer = client.get("/v1/daemon")
 
-    assert index["name"] == "kvcensus"
-    for endpoint in index["endpoints"]:
-        if endpoint["method"] == "GET":
-            assert client.get(endpoint["path"]).status in (200, 400), endpoint
-        else:
-            assert client.post(endpoint["path"], {}).status == 400, endpoint
-    assert len(index["endpoints"]) == 13
+    assert answer.status == 200
+    told = answer.json
+    assert told.pop("uptime_s") >= 0
+    assert told == {
+        "version": version("kvcensus"),
+        "ready": False,
+        "problems": ["nothing can be written: full"],
+        "backend": "memory",
+        "index": {"records": 11, "stored_bytes": 0, "live_bytes": 0, "limit_bytes": 0},
+        "queued_messages": 3,
+        "queued_bytes": 4096,
+    }
+
+
+def test_the_status_page_is_one_answer_that_runs_nothing_but_its_own_scripts(client: Client) -> None:
+    answer = client.get("/")
+    page, policy = answer.raw.decode(), answer.headers["content-security-policy"]
+
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert [link for link in re.findall(r'(?:src|href)="([^"]*)"', page) if not link.startswith(("#", "data:"))] == []
+    for tag in ("script", "style"):
+        for content in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL):
+            assert base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() in policy
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+
+
+@pytest.mark.parametrize("target", ["/", "/v1/workers", "/v1/snapshot", "/metrics", "/nowhere"])
+def test_no_answer_is_cached_or_taken_for_another_type(client: Client, target: str) -> None:
+    headers = client.get(target).headers
+    assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
 
 
 def test_metrics_in_the_text_format(client: Client) -> None:

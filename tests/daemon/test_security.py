@@ -63,7 +63,9 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 10) -> None:
 # Tokens
 
 
-@pytest.mark.parametrize("target", ["/", "/v1/workers", "/v1/snapshot", "/metrics", "/openapi.json", "/nowhere", "//"])
+@pytest.mark.parametrize(
+    "target", ["/v1/daemon", "/v1/workers", "/v1/snapshot", "/metrics", "/openapi.json", "/nowhere", "//"]
+)
 def test_nothing_is_told_without_a_token(guarded: Client, target: str) -> None:
     answer = guarded.get(target)
     assert answer.error == (401, "unauthorized", None)
@@ -71,7 +73,8 @@ def test_nothing_is_told_without_a_token(guarded: Client, target: str) -> None:
     assert guarded.get(target, **BEARER).status in (200, 404)
 
 
-def test_probes_need_no_token(guarded: Client) -> None:
+def test_probes_and_the_page_that_has_no_data_need_no_token(guarded: Client) -> None:
+    assert guarded.get("/").status == 200
     assert guarded.get("/livez").status == 200
     assert guarded.get("/readyz").status == 200
     assert guarded.get("/livez/").status == 401
@@ -112,13 +115,13 @@ def test_metrics_may_be_left_open(view: View, token_file: str) -> None:
 
 def test_tokens_are_exchanged_while_it_runs(guarded: Client, token_file: str) -> None:
     secret(Path(token_file), "a-new-token\n")
-    wait_until(lambda: guarded.get("/", Authorization="Bearer a-new-token").status == 200)
-    assert guarded.get("/", **BEARER).status == 401
+    wait_until(lambda: guarded.get("/metrics", Authorization="Bearer a-new-token").status == 200)
+    assert guarded.get("/metrics", **BEARER).status == 401
 
     secret(Path(token_file), "")
     time.sleep(1.5)
-    assert guarded.get("/", Authorization="Bearer a-new-token").status == 200
-    assert guarded.get("/").status == 401
+    assert guarded.get("/metrics", Authorization="Bearer a-new-token").status == 200
+    assert guarded.get("/metrics").status == 401
 
 
 @pytest.mark.parametrize(
