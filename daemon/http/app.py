@@ -14,6 +14,7 @@ from ..config import HttpConfig
 from ..status import DaemonView, Readiness
 from .answers import JSON, errors_as_answers
 from .bodies import (
+    ChildrenAnswer,
     ChildrenBody,
     ChildrenQuery,
     DaemonState,
@@ -97,10 +98,10 @@ def endpoints(
         Endpoint("GET", "/v1/locate", questions.locate_query, "Every residency of one block.",
                  ResidenciesAnswer, query=LocateQuery, errors=_GOT),
         Endpoint("POST", "/v1/children", questions.children, "The residencies whose parent is this block, or the root.",
-                 ResidenciesAnswer, body=ChildrenBody, errors=_POSTED),
+                 ChildrenAnswer, body=ChildrenBody, errors=_POSTED),
         Endpoint("GET", "/v1/children", questions.children_query,
                  "The residencies whose parent is this block, or the root.",
-                 ResidenciesAnswer, query=ChildrenQuery, errors=_GOT),
+                 ChildrenAnswer, query=ChildrenQuery, errors=_GOT),
         Endpoint("GET", "/v1/workers", state.workers, "Every worker: trust, and what it holds.",
                  WorkersAnswer, errors=(500, 503)),
         Endpoint("GET", "/v1/daemon", state.daemon, "The daemon itself: version, problems, index, queue.",

@@ -28,6 +28,11 @@ ParentHash = Annotated[
 Group = Annotated[int, Meta(ge=0, description="Only records of this KV-cache group.")]
 
 
+Limit = Annotated[
+    int, Meta(ge=1, description="At most so many children, the first by hash, each with every residency.")
+]
+
+
 class ScopeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A scope. `tokenizer_id` is `model_id` when it is left out. `adapter_id` null is neither "" nor "any"."""
 
@@ -65,6 +70,7 @@ class ChildrenBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     scope: ScopeBody
     prefix_hash: ParentHash
+    limit: Limit | None = None
 
 
 class LocateQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +92,7 @@ class ChildrenQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer_id: str | None = None
     adapter_id: str | None = None
     tenant_id: str | None = None
+    limit: Limit | None = None
 
 
 class MatchedWorker(msgspec.Struct, frozen=True):
@@ -196,6 +203,13 @@ class ResidenciesAnswer(msgspec.Struct, frozen=True):
     """Residencies of the asked blocks, over workers, tiers and groups."""
 
     residencies: list[TrustedResidency]
+
+
+class ChildrenAnswer(msgspec.Struct, frozen=True):
+    """Residencies of the children. `left_out` counts the children that a limit left out."""
+
+    residencies: list[TrustedResidency]
+    left_out: int
 
 
 class HeldGroup(msgspec.Struct, frozen=True):

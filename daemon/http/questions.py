@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from heapq import nsmallest
 from http import HTTPStatus
 
 from aiohttp import web
@@ -16,6 +17,7 @@ from ..status import DaemonView, Trust
 from .answers import RequestRefused, answer
 from .beliefs import Belief, Beliefs
 from .bodies import (
+    ChildrenAnswer,
     ChildrenBody,
     ChildrenQuery,
     LocateBody,
@@ -92,24 +94,36 @@ class Questions:
 
     async def children(self, request: web.Request) -> web.Response:
         asked = await _children_bodies.read(request)
-        return await self._children(request, asked.scope, asked.prefix_hash)
+        return await self._children(request, asked.scope, asked.prefix_hash, asked.limit)
 
     async def children_query(self, request: web.Request) -> web.Response:
         asked = read_query(request, ChildrenQuery)
         scope = ScopeBody(asked.model_id, asked.tokenizer_id, asked.adapter_id, asked.tenant_id or "")
-        return await self._children(request, scope, asked.prefix_hash)
+        return await self._children(request, scope, asked.prefix_hash, asked.limit)
 
-    async def _children(self, request: web.Request, scope: ScopeBody, prefix_hash: str | int) -> web.Response:
+    async def _children(
+        self, request: web.Request, scope: ScopeBody, prefix_hash: str | int, limit: int | None
+    ) -> web.Response:
         parent = read_parent(prefix_hash, "prefix_hash")
 
         def scan() -> web.Response:
-            return answer(request, self._residencies(self._view.backend.prefix_scan(scope.scope(), parent)))
+            found, left_out = _first_blocks(self._view.backend.prefix_scan(scope.scope(), parent), limit)
+            return answer(request, ChildrenAnswer(self._residencies(found).residencies, left_out))
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, scan)
 
     def _residencies(self, found: Iterable[CacheResidency]) -> ResidenciesAnswer:
         beliefs = Beliefs(self._view)
         return ResidenciesAnswer([_trusted(one, beliefs.of(one.worker_id)) for one in found])
+
+
+def _first_blocks(found: list[CacheResidency], limit: int | None) -> tuple[list[CacheResidency], int]:
+    """The residencies of the first `limit` blocks by hash, and how many blocks are left out."""
+    hashes = {one.key.block_hash for one in found}
+    if limit is None or len(hashes) <= limit:
+        return found, 0
+    first = set(nsmallest(limit, hashes))
+    return [one for one in found if one.key.block_hash in first], len(hashes) - limit
 
 
 def _trusted(residency: CacheResidency, belief: Belief) -> TrustedResidency:

@@ -81,7 +81,7 @@ class Explorer {
     const scope = wanted ?? scopes[0] ?? null;
     const held = scope ? residencies.filter((one) => scopeText(one) === scopeText(scope)) : [];
     const parent = held.find((one) => one.prefix_hash !== null)?.prefix_hash ?? null;
-    const children = scope ? await this.children(scope, hash) : [];
+    const children = scope ? await this.children(scope, hash) : null;
     const above = scope ? await this.ancestors(scope, parent) : [];
     const workers = new Set(held.map((one) => one.worker_id)).size;
     const integers = Hashes.integers(hash);
@@ -101,10 +101,10 @@ class Explorer {
   }
 
   async children(scope, hash) {
-    const { residencies } = await Daemon.get("/v1/children", { ...scope, prefix_hash: hash });
+    const { residencies, left_out } = await Daemon.get("/v1/children", { ...scope, prefix_hash: hash, limit: CHILDREN_MAX });
     const blocks = new Map();
     for (const one of residencies) blocks.set(one.block_hash, [...(blocks.get(one.block_hash) ?? []), one]);
-    return [...blocks].sort(([one], [other]) => (one < other ? -1 : 1));
+    return { blocks: [...blocks].sort(([one], [other]) => (one < other ? -1 : 1)), leftOut: left_out };
   }
 
   /** Some blocks above, the nearest last. */
@@ -126,12 +126,13 @@ class Explorer {
   }
 
   childList(children, scope) {
-    const title = element("h4", {}, children.length ? Words.many(children.length, "child", "children") : "No children");
+    const { blocks, leftOut } = children;
+    const many = blocks.length + leftOut;
+    const title = element("h4", {}, many ? Words.many(many, "child", "children") : "No children");
     const item = ([hash, held]) => element("li", {}, element("a", { href: target(hash, scope), "data-item": true, tabindex: "-1" }, element("code", {}, hash)),
       element("span", { class: "quiet" }, ` on ${Words.many(new Set(held.map((one) => one.worker_id)).size, "worker")}`));
-    const shown = children.slice(0, CHILDREN_MAX);
-    const rest = children.length - shown.length;
-    return [title, element("ul", { class: "children links", "aria-label": "Children" }, ...shown.map(item)), rest ? element("p", {}, `and ${Words.count(rest)} more`) : null].filter((one) => one !== null);
+    const list = element("ul", { class: "children links", "aria-label": "Children" }, ...blocks.map(item));
+    return [title, list, leftOut ? element("p", {}, `The first ${blocks.length} by hash, and ${Words.count(leftOut)} more.`) : null].filter((one) => one !== null);
   }
 
   copyButton(text) {
