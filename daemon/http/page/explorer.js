@@ -88,7 +88,7 @@ class Explorer {
     return [
       scope ? this.breadcrumb(scope, above, hash) : null,
       element("h3", { tabindex: "-1" }, "Block ", element("code", {}, hash), " ", this.copyButton(hash)),
-      integers ? element("p", { class: "quiet" }, `as an integer ${integers.unsigned}, signed ${integers.signed}`) : null,
+      integers ? element("p", { class: "quiet" }, `as an integer ${[...new Set([integers.unsigned, integers.signed])].join(", signed ")}`) : null,
       scopes.length > 1 ? element("p", {}, "This hash is in several scopes: ", ...scopes.map((one) => element("a", { href: target(hash, one) }, scopeText(one)))) : null,
       scope ? element("p", {}, scopeText(scope)) : null,
       scope && parent ? element("p", {}, "Parent ", element("a", { href: target(parent, scope), id: "parent" }, parent === "root" ? "none: it starts a chain" : element("code", {}, parent))) : null,
