@@ -145,6 +145,23 @@ def test_of_many_chains_the_first_are_listed_and_the_others_counted(tab: Tab) ->
         assert "and 50 more" in tab.text("#found")
 
 
+def test_a_row_is_reached_opened_and_closed_with_the_keyboard_and_stays_through_a_look(tab: Tab, odd: View) -> None:
+    with serving(odd) as server:
+        tab.open(server.port)
+        tab.wait("#workers-shown", "1,000 of 1,000")
+        tab.find("#workers-table th:last-child button").click()
+        tab.keys("\ue004", "down", "down")
+        third = tab.workers()[2]
+        assert tab.focused() == third
+        tab.keys("enter")
+        assert "hbm, group 0" in tab.text("#workers-table .more")
+        asked = tab.text("#asof")[:20]
+        wait_until(lambda: not tab.text("#asof").startswith(asked), "another look", WAIT_S)
+        assert tab.focused() == third
+        tab.keys("esc")
+        assert tab.texts("#workers-table .more") == []
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [("abc", "is one missing"), ("12g4", "neither hex"), ("9" * 31, "no 64-bit integer"), ("  ", "type or paste")],
@@ -154,6 +171,33 @@ def test_what_is_no_hash_is_said_to_be_none(tab: Tab, odd: View, typed: str, sai
         tab.open(server.port)
         tab.find("#hash").send_keys(typed, KEYS["enter"])
         wait_until(lambda: said in tab.text("#hash-problem").lower(), said, WAIT_S)
+
+
+HIDDEN = """
+Object.defineProperty(document, "hidden", { value: arguments[0], configurable: true });
+document.dispatchEvent(new Event("visibilitychange"));
+"""
+
+
+def test_a_page_that_nobody_sees_rests(tab: Tab, odd: View) -> None:
+    with serving(odd) as server:
+        tab.open(server.port)
+        tab.wait("#state", "● ready")
+        tab.driver.execute_script(HIDDEN, True)
+        tab.wait("#state", "paused")
+        tab.driver.execute_script(HIDDEN, False)
+        tab.wait("#state", "● ready")
+
+
+def test_a_hash_is_copied(tab: Tab, odd: View) -> None:
+    with serving(odd) as server:
+        tab.open(server.port, f"#hash={name(1)}")
+        tab.wait("#found h3", name(1))
+        tab.find("#found h3 button").click()
+        tab.wait("#found h3 button", "Copied")
+        tab.find("#hash").clear()
+        tab.find("#hash").send_keys("\ue009", "v")
+        assert tab.find("#hash").get_property("value") == name(1)
 
 
 def test_an_address_that_names_no_hash_is_no_outage(tab: Tab, odd: View) -> None:
