@@ -23,7 +23,16 @@ def authority(directory: Path) -> Signed:
     made = Signed(directory / "ca.pem", directory / "ca.key")
     _openssl(
         *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"),
-        *("-subj", "/CN=test authority", "-keyout", made.key, "-out", made.certificate),
+        *(
+            "-subj",
+            "/CN=test authority",
+            "-addext",
+            "keyUsage=critical,keyCertSign",
+            "-keyout",
+            made.key,
+            "-out",
+            made.certificate,
+        ),
     )
     made.key.chmod(0o600)
     return made
@@ -33,7 +42,7 @@ def signed(directory: Path, name: str, by: Signed, days: int = 2) -> Signed:
     """A certificate for 127.0.0.1 and localhost, whose subject is `name`. It expires in `days`, or did if negative."""
     made = Signed(directory / f"{name}.pem", directory / f"{name}.key")
     request, extensions = directory / f"{name}.csr", directory / f"{name}.ext"
-    extensions.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    extensions.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\nauthorityKeyIdentifier=keyid\n")
     _openssl(
         *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"),
         *("-keyout", made.key, "-out", request),

@@ -173,7 +173,7 @@ def test_text_that_is_not_utf8_is_refused(field: bytes) -> None:
 
 
 def test_keys_nested_too_deeply_cost_the_payload_and_no_more() -> None:
-    payload = MAPS.batch([stored(extra_keys=["deep"])]).replace(pack("deep"), b"\x91" * 5000 + b"\x00")
+    payload = MAPS.batch([stored(extra_keys=["deep"])]).replace(pack("deep"), b"\x91" * 200_000 + b"\x00")
     assert [rejection.reason for rejection in translate(payload).rejections] == [RejectReason.PAYLOAD]
 
 
