@@ -11,7 +11,7 @@ from kvcensus.backends.registry import open_backend
 from tests.valkey_servers import why_untested, with_server
 
 
-@pytest.fixture(params=["memory", "lmdb", "filesystem", "rocksdb", "valkey"])
+@pytest.fixture(params=["memory", "lmdb", "filesystem", "rocksdb", "valkey", "holt"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[IndexBackend]:
     if problem := why_untested(request.param):
         pytest.skip(problem)

@@ -32,7 +32,7 @@ from tests.valkey_servers import why_untested, with_server
 
 from .oracle import Oracle
 
-PERSISTENT = [name for name in ("lmdb", "filesystem", "rocksdb", "valkey") if not why_untested(name)]
+PERSISTENT = [name for name in ("lmdb", "filesystem", "rocksdb", "valkey", "holt") if not why_untested(name)]
 
 HASHES = (
     b"\x00" * 8,

@@ -22,7 +22,7 @@ def framing_of(name: str) -> ReplayFraming:
     return ReplayFraming.NEW if "0.32" in name else ReplayFraming.OLD
 
 
-@pytest.fixture(scope="module", params=["memory", "lmdb", "filesystem", "rocksdb", "valkey"])
+@pytest.fixture(scope="module", params=["memory", "lmdb", "filesystem", "rocksdb", "valkey", "holt"])
 def fleet(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[DaemonProcess, dict[str, ReplayedEngine]]]:

@@ -1,0 +1,127 @@
+"""How the index lies in a Holt tree: one tree, ordered by key.
+
+    01 | len | block hash  | place                      row of a block at a place: its entries
+    02 | len | parent hash | place | len | child hash   link to a child of that place; exactly while an entry says so
+
+    row    := entry*, one for each scope, so nearly always one
+    entry  := scope (4) copies (4) index (4, signed, -1 unknown) tokens (4) last access ms (8) bytes (8) flags (1)
+              parent_len (1) parent
+
+    ff | p | place   msgpack PlaceRow               ff | n | place         records (8) bytes (8)
+    ff | d | place   dead                           ff | m | len | name    schema, numbers, number of the last batch
+    ff | s | scope   msgpack IdentityScope          ff | h | digest        number of the scope
+    ff | c | len | stream   msgpack Cursor
+
+All integers are big-endian; `len` is 1 byte, that of a stream 4. `place` numbers a (worker, tier, group), see
+`kvcensus.backends.entries`. A key is a path: all that is asked for lies under one, the holders of a block under its
+hash, the children of a block under theirs.
+
+No key is the beginning of another one, which is why a length stands before everything whose length varies: the tree
+ends a key with a zero byte, and cannot tell `x` from `x 00` where both are there. Rows and links are two branches, for
+a leaf hangs where its key begins to differ: docs/decisions/0009-holt.md says what that saves.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from struct import error as StructError  # noqa: N812 - an exception, named like one
+
+from kvcensus.backends.entries import Entry
+from kvcensus.backends.model import MAX_HASH_BYTES
+
+SCHEMA = 1
+"""Version of everything above. An index of another version is refused."""
+
+ROW = b"\x01"
+LINK = b"\x02"
+
+PLACE_KEY = b"\xffp"
+COUNT_KEY = b"\xffn"
+DEAD_KEY = b"\xffd"
+META_KEY = b"\xffm"
+SCOPE_KEY = b"\xffs"
+DIGEST_KEY = b"\xffh"
+CURSOR_KEY = b"\xffc"
+ENTRY = Struct(">IIiIQQBB")
+ENTRY_SIZE = ENTRY.size
+PARENT_LEN_AT = ENTRY_SIZE - 1
+SCOPE_AND_INDEX = Struct(">I4xi")
+NUMBER = Struct(">I")
+COUNT = Struct(">QQ")
+
+LENGTH = tuple(bytes((length,)) for length in range(MAX_HASH_BYTES + 1))
+"""What a hash of each length is preceded by."""
+ROW_LENGTH = tuple(ROW + length for length in LENGTH)
+"""What a hash of each length is preceded by in the key of a row."""
+
+PINNED = 1
+PARENT_KNOWN = 2
+
+
+def name_of(block_hash: bytes) -> bytes:
+    """A hash and its length before it."""
+    return LENGTH[len(block_hash)] + block_hash
+
+
+def rows_of(block_hash: bytes) -> bytes:
+    """What the keys of all rows of a block begin with."""
+    return ROW_LENGTH[len(block_hash)] + block_hash
+
+
+def links_of(parent: bytes) -> bytes:
+    """What the keys of all links from a block, or from `ROOT`, begin with."""
+    return LINK + name_of(parent)
+
+
+def link_key(parent_name: bytes, place: bytes, child_name: bytes) -> bytes:
+    """The key of a link, of names with their length and a packed place."""
+    return LINK + parent_name + place + child_name
+
+
+def place_of(key: bytes) -> int:
+    """The place of a row or a link, by its key."""
+    return int(NUMBER.unpack_from(key, 2 + key[1])[0])
+
+
+def meta_key(name: str) -> bytes:
+    """The key of one of the few values that belong to the whole index."""
+    return META_KEY + bytes((len(name),)) + name.encode()
+
+
+def pack_entry(entry: Entry) -> bytes:
+    """An entry as bytes; its place is in the key."""
+    parent = entry.parent
+    flags = (PINNED if entry.pinned else 0) | (0 if parent is None else PARENT_KNOWN)
+    return ENTRY.pack(*entry[1:7], flags, len(parent or b"")) + (parent or b"")
+
+
+def unpack_row(place: int, row: bytes) -> list[Entry]:
+    """The entries of a row. Raises struct.error for a row that was cut."""
+    entries = []
+    at, end = 0, len(row)
+    while at < end:
+        scope, copies, index, tokens, at_ms, size, flags, parent_len = ENTRY.unpack_from(row, at)
+        at += ENTRY_SIZE
+        parent = row[at : at + parent_len] if flags & PARENT_KNOWN else None
+        entries.append(Entry(place, scope, copies, index, tokens, at_ms, size, bool(flags & PINNED), parent))
+        at += parent_len
+    if at > end:
+        raise StructError("the row ends within an entry")
+    return entries
+
+
+def is_sole(row: bytes) -> bool:
+    """Whether a row has one entry."""
+    return ENTRY_SIZE + row[PARENT_LEN_AT] == len(row)
+
+
+def scopes_in(row: bytes) -> list[bytes]:
+    """The packed scope number of each entry of a row: all that `match` needs."""
+    if ENTRY_SIZE + row[PARENT_LEN_AT] == len(row):
+        return [row[:4]]
+    found = []
+    at, end = 0, len(row)
+    while at < end:
+        found.append(row[at : at + 4])
+        at += ENTRY_SIZE + row[at + PARENT_LEN_AT]
+    return found
