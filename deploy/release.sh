@@ -1,0 +1,47 @@
+#!/bin/sh
+# Makes a release of the last commit in dist/: sdist and wheel, built twice and equal byte for byte, checked, with an SBOM.
+set -eu
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml | head -n 1)
+grep -q "^## $version " CHANGELOG.md || { echo "CHANGELOG.md has no section for $version" >&2; exit 1; }
+
+"$PYTHON" -m venv "$work/venv"
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check build twine cyclonedx-bom
+commit=$(git rev-parse HEAD)
+SOURCE_DATE_EPOCH=$(git log -1 --format=%ct "$commit")
+export SOURCE_DATE_EPOCH
+
+build() { # folder
+    mkdir "$work/$1"
+    git archive "$commit" | tar -x -C "$work/$1"
+    "$work/venv/bin/python" -m build --outdir "$work/$1/dist" "$work/$1" >"$work/$1.log" 2>&1 || { cat "$work/$1.log" >&2; exit 1; }
+    # setuptools leaves the time of the build in the sdist.
+    (
+        cd "$work/$1/dist"
+        tar -xzf "kvcensus-$version.tar.gz"
+        rm "kvcensus-$version.tar.gz"
+        tar --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
+            -cf "kvcensus-$version.tar" "kvcensus-$version"
+        gzip -n -9 "kvcensus-$version.tar"
+        rm -r "kvcensus-$version"
+    )
+}
+
+build first
+build second
+for file in "$work"/first/dist/*; do
+    cmp "$file" "$work/second/dist/${file##*/}"
+done
+
+"$work/venv/bin/twine" check --strict "$work"/first/dist/*
+"$PYTHON" -m venv "$work/installed"
+"$work/installed/bin/pip" install --quiet --disable-pip-version-check "$work"/first/dist/*.whl
+"$work/venv/bin/cyclonedx-py" environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
+    --output-file "$work/kvcensus-$version.cdx.json" "$work/installed"
+mkdir -p dist
+cp "$work"/first/dist/* "$work/kvcensus-$version.cdx.json" dist/
+(cd dist && sha256sum "kvcensus-$version"*)
