@@ -18,7 +18,7 @@ PERSISTENT: dict[str, dict[str, Any]] = {
     "filesystem": {"segment_bytes": 1 << 16, "snapshot_after_bytes": 1 << 18},
     "rocksdb": {"write_buffer_bytes": 1 << 18},
     "valkey": {},
-    "holt": {"checkpoint_bytes": 1 << 18},
+    "holt": {"checkpoint_bytes": 1 << 20},
 }
 """Options with which much happens in a short time, by the name of the backend."""
 

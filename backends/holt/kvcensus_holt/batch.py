@@ -24,7 +24,6 @@ from .rows import (
     NUMBER,
     PARENT_KNOWN,
     PARENT_LEN_AT,
-    ROW_LENGTH,
     SCOPE_AND_INDEX,
     is_sole,
     link_key,
@@ -32,6 +31,7 @@ from .rows import (
     pack_entry,
     place_of,
     rows_of,
+    short_name,
     unpack_row,
 )
 from .store import Changes, Store
@@ -96,13 +96,14 @@ class Batch:
     def _stored_at(self, run: StoreRun) -> _Step:
         place = self._catalog.place(run)
         suffix = NUMBER.pack(place)
-        return _Step(run, (place,), [ROW_LENGTH[len(one)] + one + suffix for one in run.block_hashes])
+        return _Step(run, (place,), [rows_of(one) + suffix for one in run.block_hashes])
 
     def _removed_from(self, removal: RemoveBlocks) -> _Step:
         places = self._catalog.places_of(removal.worker_id)
         concerned = tuple(number for number, row in places.items() if _concerns(row, removal))
         suffixes = [NUMBER.pack(number) for number in concerned]
-        keys = [ROW_LENGTH[len(one)] + one + suffix for suffix in suffixes for one in removal.block_hashes]
+        names = [rows_of(one) for one in removal.block_hashes]
+        keys = [name + suffix for suffix in suffixes for name in names]
         return _Step(removal, concerned, keys)
 
     def _keys_beside(self, steps: Iterable[_Step]) -> list[bytes]:
@@ -178,10 +179,10 @@ class Batch:
         if parent is None:
             first = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, 0) + b"\x00"
         else:
-            first = tail + name_of(parent)
+            first = tail + short_name(parent)
             self._links[link_key(name_of(parent), at, names[0])] = _LINKED
         indexes = map(_INDEX.pack, range(index, index + count)) if index >= 0 else repeat(_INDEX.pack(-1))
-        tails = chain((first,), map(tail.__add__, names))
+        tails = chain((first,), map(tail.__add__, map(short_name, run.block_hashes)))
         self._rows.update(zip(keys, map(b"".join, zip(repeat(head), indexes, tails))))
         if count > 1:
             self._links.update(zip(map(link_key, names, repeat(at), names[1:]), repeat(_LINKED)))
@@ -283,7 +284,7 @@ class Batch:
             if copies == 1 and is_sole(row):
                 rows[key] = None
                 if row[PARENT_LEN_AT - 1] & PARENT_KNOWN:
-                    links[link_key(row[PARENT_LEN_AT:], packed, name_of(hashes[at]))] = None
+                    links[link_key(name_of(row[PARENT_LEN_AT + 1 :]), packed, name_of(hashes[at]))] = None
                 found[at] += 1
                 removed += 1
                 size += entry_size

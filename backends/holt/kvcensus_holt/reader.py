@@ -9,7 +9,7 @@ from kvcensus.backends.matching import Held, worker_matches
 from kvcensus.backends.model import CacheResidency, Cursor, Holding, IdentityScope, KvBlockKey, WorkerMatch
 
 from .catalog import ScopeNames, read_counts, read_cursors
-from .rows import NUMBER, ROW, links_of, place_of, rows_of, scopes_in, unpack_row
+from .rows import NUMBER, ROW, block_of, child_of, links_of, place_of, rows_of, scopes_in, unpack_row
 from .store import Question, Store
 
 _CHUNK = 32
@@ -40,10 +40,9 @@ class Reader:
             number = self._scopes.number(scope)
             if number is None:
                 return []
-            start = links_of(prefix_hash)
             links = [
-                (place, link[len(start) + NUMBER.size + 1 :])
-                for link in question.keys_under(start)
+                (place, child_of(link))
+                for link in question.keys_under(links_of(prefix_hash))
                 if (place := place_of(link)) in places
             ]
             found: list[CacheResidency] = []
@@ -82,7 +81,7 @@ class Reader:
         pinned = self._store.pin()
         try:
             for key, row in self._store.walk(pinned, ROW):
-                yield from self._residencies(pinned.live.rows, key[2 : -NUMBER.size], [(key, row)])
+                yield from self._residencies(pinned.live.rows, block_of(key), [(key, row)])
         finally:
             pinned.release()
 

@@ -17,6 +17,29 @@ use pyo3::types::PyBytes;
 
 create_exception!(_native, NativeError, PyException);
 
+/// Bytes of key and value that a leaf has at the least; shorter values are padded.
+///
+/// A frame has 479,232 bytes for nodes and 10,240 slots. Where the slots are used up first, holt 0.9.2 cannot split the
+/// frame, for that takes one more slot ("blob slot table exhausted"), and nothing can be put there ever again. A leaf
+/// takes 16 bytes more than its key and value, and comes with one inner node of at least 16 bytes: with leaves of 80
+/// bytes a frame has no room for more than 9,984 nodes.
+const LEAF_BYTES: usize = 64;
+
+/// A value as it is stored: the number of bytes that pad it, those bytes, and the value.
+fn padded(key: &[u8], value: &[u8]) -> Vec<u8> {
+    let pad = LEAF_BYTES.saturating_sub(key.len() + value.len());
+    let mut stored = vec![0; 1 + pad];
+    stored[0] = pad as u8;
+    stored.extend_from_slice(value);
+    stored
+}
+
+/// The value in what is stored. Bytes that no `padded` made give an empty one, which no reader takes.
+fn unpadded(stored: &[u8]) -> &[u8] {
+    let pad = stored.first().map_or(0, |pad| *pad as usize);
+    stored.get(1 + pad..).unwrap_or_default()
+}
+
 type Failure = (&'static str, String);
 type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
 type Rows<'py> = Vec<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)>;
@@ -90,7 +113,7 @@ impl<T> Slot<T> {
 fn rows(py: Python<'_>, found: Pairs) -> Rows<'_> {
     found
         .into_iter()
-        .map(|(key, value)| (PyBytes::new(py, &key), PyBytes::new(py, &value)))
+        .map(|(key, value)| (PyBytes::new(py, &key), PyBytes::new(py, unpadded(&value))))
         .collect()
 }
 
@@ -142,7 +165,7 @@ impl Tree {
         key: PyBackedBytes,
     ) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let value = detached(py, || self.0.with(|tree| tree.get(&key)))?;
-        Ok(value.map(|value| PyBytes::new(py, &value)))
+        Ok(value.map(|value| PyBytes::new(py, unpadded(&value))))
     }
 
     /// The values of keys, in their order.
@@ -160,7 +183,7 @@ impl Tree {
         })?;
         Ok(values
             .into_iter()
-            .map(|value| value.map(|value| PyBytes::new(py, &value)))
+            .map(|value| value.map(|value| PyBytes::new(py, unpadded(&value))))
             .collect())
     }
 
@@ -221,7 +244,7 @@ impl Tree {
                 tree.atomic(|batch| {
                     for (key, value) in &changes {
                         match value {
-                            Some(value) => batch.put(key, value),
+                            Some(value) => batch.put(key, &padded(key, value)),
                             None => batch.delete(key),
                         }
                     }
