@@ -108,6 +108,10 @@ class CrashTest:
     options: Mapping[str, Any] = field(default_factory=dict)
     expected: MemoryBackend = field(default_factory=MemoryBackend)
     reached: int = -1
+    keeps_last: bool = True
+    """Whether every batch from which `apply` has returned must be there."""
+    lost: int = 0
+    """Batches from which `apply` had returned and that were not there."""
     between: int = 0
     """Kills that hit between the call of a step and its batch."""
 
@@ -131,7 +135,9 @@ class CrashTest:
         backend = open_backend(self.name, self.directory / "index", self.options)
         try:
             found = position(backend)
-            assert promised <= found <= promised + 1, (promised, found)
+            assert found <= promised + 1, (promised, found)
+            assert not self.keeps_last or promised <= found, (promised, found)
+            self.lost += max(promised - found, 0)
             self._advance(found)
             held = content(backend)
         finally:

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--options", type=json.loads, help="JSON, instead of those of tests/backends/test_crash.py")
+    parser.add_argument("--may-lose-last", action="store_true", help="do not ask for every batch that returned")
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     options = arguments.options
@@ -39,7 +40,7 @@ def main() -> None:
     began = time.monotonic()
     checks: list[float] = []
     with tempfile.TemporaryDirectory() as place:
-        test = CrashTest(arguments.backend, Path(place), options)
+        test = CrashTest(arguments.backend, Path(place), options, keeps_last=not arguments.may_lose_last)
         for kill in range(1, arguments.kills + 1):
             opening = chance.random() < OPENING_KILLS
             test.kill(chance.uniform(0, OPENING_S if opening else UP_S), opening=opening)
@@ -56,6 +57,7 @@ def main() -> None:
         "kills": arguments.kills,
         "batches": test.reached + 1,
         "checks": len(checks) + 1,
+        "returned_and_lost": test.lost,
         "killed_between_call_and_batch": test.between,
         "disagreements": 0,
         "seconds": round(time.monotonic() - began),

@@ -1,0 +1,158 @@
+"""The Holt backend: what its log promises, and what is made of the crate's errors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
+from kvcensus.backends.interface import IndexBackend
+from kvcensus.backends.model import ROOT, Cursor
+from kvcensus.backends.registry import open_backend, why_unusable
+
+from .building import blocks, key, residency, store
+from .crashing import CrashTest, content
+
+pytestmark = pytest.mark.skipif(bool(why_unusable("holt")), reason=why_unusable("holt"))
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> Iterator[IndexBackend]:
+    opened = open_backend("holt", tmp_path)
+    yield opened
+    opened.close()
+
+
+def fill(backend: IndexBackend, batches: int) -> None:
+    for number in range(batches):
+        run = blocks(*range(number * 8, number * 8 + 8))
+        backend.apply([store(*run, parent=blocks(number * 8 - 1)[0] if number else ROOT)], [Cursor("s", 1, number)])
+
+
+def killed(directory: Path, wal: bytes) -> IndexBackend:
+    """The index in a directory whose log is what a killed process has left."""
+    (directory / "holt" / "journal.wal").write_bytes(wal)
+    return open_backend("holt", directory)
+
+
+def log_of(directory: Path, batches: int) -> bytes:
+    """The log of an index that was filled and never checkpointed; its data file has nothing yet."""
+    backend = open_backend("holt", directory)
+    backend._store.checkpoint()  # type: ignore[attr-defined]
+    fill(backend, batches)
+    log = (directory / "holt" / "journal.wal").read_bytes()
+    backend._store._close_tree()  # type: ignore[attr-defined]
+    backend._owner.release()  # type: ignore[attr-defined]
+    return log
+
+
+def test_a_log_that_ends_within_a_record_gives_the_batch_before(tmp_path: Path) -> None:
+    log = log_of(tmp_path, 5)
+    backend = killed(tmp_path, log[:-3])
+    assert backend.cursors()["s"].seq == 3
+    assert len(backend) == len(list(backend.snapshot())) == 32
+    fill(backend, 5)
+    assert len(backend) == 40
+    backend.close()
+
+
+def test_damage_within_the_log_is_not_served(tmp_path: Path) -> None:
+    log = bytearray(log_of(tmp_path, 5))
+    log[4096 + 200] ^= 0xFF
+    with pytest.raises(BackendCorrupt, match="To rebuild it from the engines"):
+        killed(tmp_path, bytes(log))
+    rebuilt = open_backend("holt", tmp_path, {"on_corrupt": "rebuild"})
+    assert rebuilt.is_empty()
+    assert rebuilt.moved_aside is not None
+    rebuilt.close()
+
+
+def test_a_batch_that_fails_half_way_is_forgotten(backend: IndexBackend) -> None:
+    fill(backend, 2)
+    before = content(backend)
+    store_ = backend._store  # type: ignore[attr-defined]
+    reader = backend.snapshot()
+    next(reader)
+    # The tree has no way to hold both of the last two keys, and finds it out when it has changed its memory.
+    with pytest.raises(BackendError, match="strict prefix"):
+        store_.write({b"\xfex": b"1", b"\xfey": b"2", b"\xfey\x00": b"3"}, lambda: None)
+    assert store_.get(b"\xfex") is None
+    assert content(backend) == before
+    fill(backend, 3)
+    assert backend.cursors()["s"].seq == 2
+
+
+def test_a_batch_beyond_the_limit_of_the_log_changes_nothing(backend: IndexBackend) -> None:
+    chance = random.Random(1)
+    before = content(backend)
+    with pytest.raises(BackendError, match="WAL record is too large"):
+        backend.apply([store(*(chance.randbytes(32) for _ in range(80_000)))], [Cursor("s", 1, 1)])
+    assert content(backend) == before
+    backend.apply([store(*blocks(1, 2))])
+    assert len(backend) == 2
+
+
+def test_put_all_has_no_such_limit(backend: IndexBackend) -> None:
+    chance = random.Random(1)
+    backend.put_all([residency(key(chance.randbytes(32)), "w") for _ in range(25_000)])
+    assert len(backend) == 25_000
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 32])
+def test_random_hashes_of_any_length_fill_more_than_one_frame(backend: IndexBackend, size: int) -> None:
+    chance = random.Random(size)
+    hashes = sorted({chance.randbytes(size) for _ in range(8_000)})
+    for at in range(0, len(hashes), 1000):
+        backend.apply([store(*hashes[at : at + 1000])])
+    assert sorted(one.key.block_hash for one in backend.snapshot()) == hashes
+    assert all(backend.find(one) for one in hashes[::50])
+
+
+def test_what_is_checkpointed_and_what_is_only_in_the_log_make_one_index(tmp_path: Path) -> None:
+    backend = open_backend("holt", tmp_path, {"checkpoint_bytes": 1 << 12})
+    fill(backend, 20)
+    before = content(backend)
+    backend._store._close_tree()  # type: ignore[attr-defined]
+    backend._owner.release()  # type: ignore[attr-defined]
+    backend = open_backend("holt", tmp_path)
+    assert content(backend) == before
+    backend.close()
+
+
+def test_a_second_process_is_refused(backend: IndexBackend, tmp_path: Path) -> None:
+    with pytest.raises(BackendBusy, match="in use by process"):
+        open_backend("holt", tmp_path)
+
+
+def test_a_tree_of_another_schema_is_left_alone(tmp_path: Path) -> None:
+    backend = open_backend("holt", tmp_path)
+    store_ = backend._store  # type: ignore[attr-defined]
+    store_.write({b"\xffm\x06schema": b"\x00\x00\x00\x63"}, lambda: None)
+    backend.close()
+    with pytest.raises(BackendFormat, match="has schema 99"):
+        open_backend("holt", tmp_path)
+
+
+def test_space_of_what_was_cleared_is_given_back(backend: IndexBackend) -> None:
+    chance = random.Random(1)
+    for _ in range(10):
+        backend.apply([store(*(chance.randbytes(8) for _ in range(1000)))])
+    backend.compact()
+    full = backend.stored_bytes()
+    backend.clear_worker("w")
+    while backend.reclaim(4000):
+        pass
+    backend.compact()
+    assert backend.stored_bytes() < full / 2
+
+
+def test_buffered_may_lose_the_last_batches_with_the_process_and_nothing_else(tmp_path: Path) -> None:
+    options = {"durability": "buffered", "checkpoint_bytes": 1 << 20}
+    test = CrashTest("holt", tmp_path, options, keeps_last=False)
+    for number in range(3):
+        test.kill(random.Random(number).uniform(0.2, 0.6))
+        test.check()
+    assert test.reached > 0
