@@ -25,7 +25,7 @@ def sample(at_s: float, streams: dict[str, dict[str, Any]], metrics: str = START
     reports, workers = [], []
     for name, changes in streams.items():
         shown = msgspec.to_builtins(status(name, **changes))
-        reports.append({**shown, "age_ms": 5, "lag_s": 0.1})
+        reports.append({**shown, "age_ms": 5, "lag_s": 0.1, "gaps": 0, "unrecovered_messages": 0})
         told = {key: shown[key] for key in ("worker_id", "rank", "trust", "reason", "since_ms", "last_seq")}
         workers.append({**told, "age_ms": 5, "blocks": 10, "bytes": 0, "holdings": []})
     answers = {
