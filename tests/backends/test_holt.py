@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
+from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat, BackendFull
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ROOT, Cursor
 from kvcensus.backends.registry import open_backend, why_unusable
@@ -156,3 +157,44 @@ def test_buffered_may_lose_the_last_batches_with_the_process_and_nothing_else(tm
         test.kill(random.Random(number).uniform(0.2, 0.6))
         test.check()
     assert test.reached > 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small disk here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("checkpoint_bytes", [1 << 30, 1 << 22], ids=["in the log", "in a checkpoint"])
+def test_a_full_disk_changes_nothing_and_is_survived(small_disk: Path, checkpoint_bytes: int) -> None:
+    chance = random.Random(1)
+    try:
+        backend = open_backend("holt", small_disk, {"checkpoint_bytes": checkpoint_bytes})
+    except BackendError as error:
+        pytest.skip(f"a file system in memory is not enough for Holt here: {error}")
+    applied = 0
+    while True:
+        assert applied < 1000, "the disk is not small"
+        run = [chance.randbytes(32) for _ in range(1024)]
+        try:
+            backend.apply([store(*run)], [Cursor("s", 1, applied)])
+        except BackendFull:
+            break
+        applied += 1
+    with pytest.raises(BackendFull, match="the disk is full"):
+        backend.apply([store(*run)], [Cursor("s", 1, applied)])
+    assert backend.cursors()["s"].seq == applied - 1
+    assert len(backend) == len(list(backend.snapshot())) == applied * 1024
+
+    subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
+    backend.apply([store(*run)], [Cursor("s", 1, applied)])
+    backend.close()
+    backend = open_backend("holt", small_disk)
+    assert backend.cursors()["s"].seq == applied
+    assert len(backend) == len(list(backend.snapshot())) == (applied + 1) * 1024
+    backend.close()

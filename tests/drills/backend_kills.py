@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--options", type=json.loads, help="JSON, instead of those of tests/backends/test_crash.py")
+    parser.add_argument("--up-s", type=float, default=UP_S, help="no process lives longer after it has opened")
     parser.add_argument("--may-lose-last", action="store_true", help="do not ask for every batch that returned")
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
@@ -43,7 +44,7 @@ def main() -> None:
         test = CrashTest(arguments.backend, Path(place), options, keeps_last=not arguments.may_lose_last)
         for kill in range(1, arguments.kills + 1):
             opening = chance.random() < OPENING_KILLS
-            test.kill(chance.uniform(0, OPENING_S if opening else UP_S), opening=opening)
+            test.kill(chance.uniform(0, OPENING_S if opening else arguments.up_s), opening=opening)
             if chance.random() < OPENING_KILLS:
                 continue
             started = time.monotonic()
