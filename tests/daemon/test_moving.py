@@ -38,7 +38,7 @@ from tests.valkey_servers import why_untested, with_server
 KVCENSUS = [sys.executable, "-m", "kvcensus.daemon.cli"]
 CAPTURES = ("vllm-0.32.0-evict", "vllm-0.32.0-swa", "vllm-0.32.0-lora", "vllm-0.32.0-dups")
 ON_DISK = [name for name in ("lmdb", "filesystem", "rocksdb") if not why_unusable(name)]
-EVERY = ["memory", *ON_DISK, "valkey"]
+EVERY = ["memory", *ON_DISK, "valkey", "holt"]
 WINDOW = GroupSpec(GroupKind.WINDOW, 128, 16)
 
 
