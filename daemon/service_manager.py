@@ -80,7 +80,7 @@ class ServiceManager:
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
-                to.sendto("\n".join(lines).encode(), address)
+                to.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, address)
         except OSError as error:
             log.warning("service_manager_not_told", what=lines[0], error=str(error))
 
