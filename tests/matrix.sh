@@ -2,8 +2,8 @@
 # Runs the unit tests of the last commit against its wheel, on each interpreter, with the lowest and the newest dependencies of its bounds.
 #     sh tests/matrix.sh [INTERPRETER…]      default: every python3.11 to python3.14 of the PATH and of pyenv
 # Run it in the foreground: a shell lets what runs in the background ignore SIGINT, which some tests send.
-# WORK names the folder for the environments, PYTEST_ARGUMENTS goes to pytest. What cannot be installed, or fails, ends it with 1 after
-# all were tried. Interpreters that are not here are checked as far as that goes: every dependency has to have a wheel for them.
+# WORK names the folder for the environments, RESOLUTIONS which of `lowest-direct` and `highest` to try, PYTEST_ARGUMENTS goes to pytest.
+# What cannot be installed, or fails, ends it with 1 after all were tried. Interpreters that are not here are checked as far as that goes: every dependency has to have a wheel for them.
 set -eu
 cd "$(dirname "$0")/.."
 WORK=${WORK:-$(mktemp -d)}
@@ -60,7 +60,7 @@ try() { # interpreter, resolution
 tried=""
 for interpreter; do
     tried="$tried $(version_of "$interpreter")"
-    for resolution in lowest-direct highest; do
+    for resolution in ${RESOLUTIONS:-lowest-direct highest}; do
         try "$interpreter" "$resolution" || failed=1
     done
 done

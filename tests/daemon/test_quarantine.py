@@ -383,6 +383,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(directory: Path) -> Non
 
 READ_ONLY = """
 import os, sys
+import urllib.parse  # Path.as_uri imports it later, from where another user may not read
 from pathlib import Path
 from kvcensus.daemon.quarantine import *
 if os.geteuid() == 0:
