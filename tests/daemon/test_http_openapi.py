@@ -12,10 +12,12 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.daemon.config import HttpConfig
 from kvcensus.daemon.http.app import make_app
+from kvcensus.daemon.http.openapi_page import reference_page
 
 from .served import Client, View, chain, name, serving, status
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "http.md"
+MADE_PAGE = PAGE.with_name("http-api.md")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,10 @@ def test_the_reference_page_has_every_endpoint(description: dict[str, Any]) -> N
     page = PAGE.read_text()
 
     assert [one for one in sorted(_operations(description)) if f"`{one[0]} {one[1]}`" not in page] == []
+
+
+def test_the_made_page_is_current(description: dict[str, Any]) -> None:
+    assert reference_page(description) == MADE_PAGE.read_text()
 
 
 def _schema(description: dict[str, Any], schema: dict[str, Any]) -> Draft202012Validator:
