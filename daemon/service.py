@@ -298,7 +298,10 @@ def _unwritten(status: StreamStatus, full: str, since_ms: int) -> StreamStatus:
 
 
 def _open_backend(config: Config) -> IndexBackend:
-    backend = (_open_lmdb if config.backend == "lmdb" else _open_named)(config)
+    if config.backend == "lmdb":
+        backend: IndexBackend = _open_lmdb(config)
+    else:
+        backend = open_backend(config.backend, Path(config.data_dir), config.backend_options())
     if backend.moved_aside:
         log.error("index_moved_aside", to=str(backend.moved_aside), reason=backend.moved_for)
     if backend.discarded_after_crash:
@@ -310,11 +313,7 @@ def _open_backend(config: Config) -> IndexBackend:
     return backend
 
 
-def _open_named(config: Config) -> IndexBackend:
-    return open_backend(config.backend, Path(config.data_dir), config.backend_options())
-
-
-def _open_lmdb(config: Config) -> IndexBackend:
+def _open_lmdb(config: Config) -> LmdbBackend:
     directory = Path(config.data_dir)
     if reason := suspect(directory):
         log.warning("index_suspected", reason=reason, detail="the whole of it is looked at before it is used")

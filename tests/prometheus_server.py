@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,14 +98,16 @@ class Prometheus:
         except OSError:
             return False
 
-    def _get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+    def get(self, path: str, **words: object) -> Any:
+        """The data of an answer of its API, asked with these parameters."""
+        asked = f"{path}?{urllib.parse.urlencode(words)}" if words else path
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{asked}", timeout=30) as answer:
             return json.load(answer)["data"]
 
     def alerts(self) -> dict[str, str]:
         """`pending` or `firing`, by name of every alert that is either; firing where some series are."""
         found: dict[str, str] = {}
-        for alert in self._get("/api/v1/alerts")["alerts"]:
+        for alert in self.get("/api/v1/alerts")["alerts"]:
             name = alert["labels"]["alertname"]
             if found.get(name) != "firing":
                 found[name] = alert["state"]
@@ -112,17 +115,17 @@ class Prometheus:
 
     def firing(self, name: str) -> list[dict[str, Any]]:
         """What is firing of one alert, with labels and annotations."""
-        alerts = self._get("/api/v1/alerts")["alerts"]
+        alerts = self.get("/api/v1/alerts")["alerts"]
         return [one for one in alerts if one["labels"]["alertname"] == name and one["state"] == "firing"]
 
     def scraped(self, addresses: set[str]) -> bool:
         """Whether each of these was scraped, with success."""
-        targets = self._get("/api/v1/targets?state=active")["activeTargets"]
+        targets = self.get("/api/v1/targets?state=active")["activeTargets"]
         return addresses <= {one["labels"]["instance"] for one in targets if one["health"] == "up"}
 
     def problems(self) -> list[str]:
         """Rules that could not be evaluated."""
-        rules = [rule for group in self._get("/api/v1/rules")["groups"] for rule in group["rules"]]
+        rules = [rule for group in self.get("/api/v1/rules")["groups"] for rule in group["rules"]]
         return [f"{rule['name']}: {rule['lastError']}" for rule in rules if rule.get("lastError")]
 
 

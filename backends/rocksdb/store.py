@@ -433,6 +433,7 @@ def _stalls() -> Iterator[None]:
 
 
 def options_for(resources: Resources) -> Options:
+    """What every instance of the database is opened with: the files depend on it."""
     tables = BlockBasedOptions()
     tables.set_bloom_filter(_BLOOM_BITS, False)
     tables.set_block_cache(Cache(resources.block_cache_bytes))

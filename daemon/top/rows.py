@@ -98,6 +98,13 @@ def _number(title: str, value: Callable[[Row], float], width: int = 5, style: st
     )
 
 
+def _state(of: Callable[[Row], StreamReport | BusStatus]) -> Column:
+    def name(row: Row) -> str:
+        return of(row).state.value
+
+    return Column("STATE", name, name, 10, style=lambda row: _STATE_STYLES[of(row).state])
+
+
 def _age_s(row: Row) -> float | None:
     known = row.worker or row.stream
     return None if known is None or known.age_ms is None else known.age_ms / 1000
@@ -145,13 +152,7 @@ WORKERS: tuple[Column, ...] = (
 )
 STREAMS: tuple[Column, ...] = (
     _name("STREAM"),
-    Column(
-        "STATE",
-        lambda row: _of_stream(row).state.value,
-        lambda row: _of_stream(row).state.value,
-        10,
-        style=lambda row: _STATE_STYLES[_of_stream(row).state],
-    ),
+    _state(_of_stream),
     _number("EPOCH", lambda row: _of_stream(row).epoch),
     _SEQ,
     _rate("MSG/S", "messages"),
@@ -164,13 +165,7 @@ STREAMS: tuple[Column, ...] = (
 )
 BUSES: tuple[Column, ...] = (
     _name("BUS"),
-    Column(
-        "STATE",
-        lambda row: _of_bus(row).state.value,
-        lambda row: _of_bus(row).state.value,
-        10,
-        style=lambda row: _STATE_STYLES[_of_bus(row).state],
-    ),
+    _state(_of_bus),
     _number("WORKERS", lambda row: _of_bus(row).workers, 7),
     _number("MESSAGES", lambda row: row.bus_messages, 8),
     _number("POSITION", lambda row: max(0, _of_bus(row).position), 8),

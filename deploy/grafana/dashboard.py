@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 GREEN, YELLOW, ORANGE, RED, BLUE = "#009E73", "#F0E442", "#E69F00", "#D55E00", "#0072B2"
@@ -42,7 +42,7 @@ class Panel:
     steps: Steps = PLAIN
     most: float | None = None
     stacked: bool = False
-    mappings: tuple[dict[str, Any], ...] = field(default=())
+    mappings: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

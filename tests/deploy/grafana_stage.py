@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,23 +40,15 @@ def asked(expression: str, instances: list[str]) -> str:
 
 def series(server: Prometheus, expression: str, *, minutes: float = 0) -> list[dict[str, Any]]:
     """What Prometheus answers: of now, or of the last minutes."""
-    ready = json.loads(_get(server, "/api/v1/query", query="kvcensus_ready"))["data"]["result"]
+    ready = server.get("/api/v1/query", query="kvcensus_ready")["result"]
     query = asked(expression, [one["metric"]["instance"] for one in ready])
     if minutes:
-        end = json.loads(_get(server, "/api/v1/query", query="time()"))["data"]["result"][1]
-        words = {"query": query, "start": float(end) - 60 * minutes, "end": float(end), "step": 2}
-        found = json.loads(_get(server, "/api/v1/query_range", **words))
+        end = float(server.get("/api/v1/query", query="time()")["result"][1])
+        found = server.get("/api/v1/query_range", query=query, start=end - 60 * minutes, end=end, step=2)
     else:
-        found = json.loads(_get(server, "/api/v1/query", query=query))
-    result: list[dict[str, Any]] = found["data"]["result"]
+        found = server.get("/api/v1/query", query=query)
+    result: list[dict[str, Any]] = found["result"]
     return result
-
-
-def _get(server: Prometheus, path: str, **words: object) -> bytes:
-    url = f"http://127.0.0.1:{server.port}{path}?{urllib.parse.urlencode(words)}"
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        body: bytes = answer.read()
-        return body
 
 
 class _Endpoints:

@@ -30,6 +30,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F
 BACKGROUND, TILE, TEXT = "#ffffff", "#f6f7f9", "#1f2328"
 UNIT_WIDTH, UNIT_HEIGHT = 0.62, 0.36
 BYTES = ("bytes", "Bps")
+DAY_S = 86400
+"""matplotlib counts days."""
 
 
 def shown(value: float, unit: str) -> str:
@@ -79,7 +81,7 @@ def draw_timeseries(axes: Any, panel: dict[str, Any], prometheus: Any, minutes: 
     below: dict[float, float] = {}
     for number, (name, points) in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
-        moments = [dates.epoch2num(at) if hasattr(dates, "epoch2num") else at / 86400 for at, _ in points]
+        moments = [at / DAY_S for at, _ in points]
         if stacked:
             bottoms = [below.get(at, 0.0) for at, _ in points]
             tops = [bottom + value for bottom, (_, value) in zip(bottoms, points, strict=True)]
@@ -104,7 +106,7 @@ def draw_states(axes: Any, panel: dict[str, Any], prometheus: Any, minutes: floa
     for at, one in enumerate(rows):
         for moment, value in one["values"]:
             colour = options[f"{float(value):g}"]["color"]
-            axes.barh(at, 2.2 / 86400, left=float(moment) / 86400, height=0.8, color=colour, linewidth=0)
+            axes.barh(at, 2.2 / DAY_S, left=float(moment) / DAY_S, height=0.8, color=colour, linewidth=0)
     axes.set_yticks(range(len(rows)), [one["metric"]["stream"] for one in rows], fontsize=8)
     axes.invert_yaxis()
     _times(axes)
