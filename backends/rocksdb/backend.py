@@ -28,11 +28,12 @@ from ..model import (
     WorkerMatch,
 )
 from ..ownership import Owner
+from ..placed_catalog import WriterCatalog
+from ..placed_rows import NUMBER
 from .batch import Batch
-from .catalog import WriterCatalog, cursor_key
 from .options import Durability, OnCorrupt, Resources
 from .reader import Reader
-from .rows import BLOCKS, META_KEY, NUMBER, SCHEMA, place_of
+from .rows import BLOCKS, SCHEMA, cursor_key, meta_key, place_of
 from .store import Store
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ DATABASE = "rocksdb"
 SUSPECT_FILE = "suspect.txt"
 """Why the whole index is to be read before it is used, if it is."""
 
-_SCHEMA_KEY = META_KEY + b"schema"
+_SCHEMA_KEY = meta_key("schema")
 _encode = msgspec.msgpack.encode
 
 
@@ -90,7 +91,7 @@ class RocksdbBackend(IndexBackend):
                 self._store.read_everything()
                 self._suspect.unlink()
             self._check_schema()
-            self._catalog = WriterCatalog(self._store)
+            self._catalog = WriterCatalog(self._store, meta_key)
         except BaseException:
             self._store.close()
             raise
@@ -146,7 +147,7 @@ class RocksdbBackend(IndexBackend):
         self._totals = self._catalog.totals()
 
     def _reload(self) -> None:
-        self._catalog = WriterCatalog(self._store)
+        self._catalog = WriterCatalog(self._store, meta_key)
         self._totals = self._catalog.totals()
 
     def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:

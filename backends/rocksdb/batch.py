@@ -21,21 +21,9 @@ from ..model import (
     RemoveBlocks,
     StoreRun,
 )
-from .catalog import WriterCatalog
-from .rows import (
-    BLOCKS,
-    LENGTH,
-    PARENT_KNOWN,
-    PARENT_LEN_AT,
-    SCOPE_AND_INDEX,
-    is_sole,
-    link_infix,
-    name_of,
-    pack_entry,
-    place_of,
-    row_suffix,
-    unpack_row,
-)
+from ..placed_catalog import WriterCatalog
+from ..placed_rows import LENGTH, PARENT_KNOWN, PARENT_LEN_AT, SCOPE_AND_INDEX, is_sole, pack_entry, unpack_row
+from .rows import BLOCKS, link_infix, name_of, place_of, row_suffix
 from .store import Store
 
 _LINKED = b""
@@ -159,13 +147,13 @@ class Batch:
             if (row is not stored.get(key) if row is not None else key in stored)
         }
         writes.update(self._links)
+        self._catalog.flush(writes)
         for key in sorted(writes):
             value = writes[key]
             if value is None:
                 delete(key)
             else:
                 put(key, value)
-        self._catalog.flush(batch)
 
     def _store_run(self, run: StoreRun, place: int, keys: list[bytes]) -> None:
         if not keys:

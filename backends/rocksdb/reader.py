@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from ..entries import Entry, LivePlaces, PlaceRow
 from ..matching import Held, worker_matches
 from ..model import CacheResidency, Cursor, Holding, IdentityScope, KvBlockKey, WorkerMatch
-from .catalog import ScopeNames, read_counts, read_cursors
-from .rows import BLOCKS, LINK, NUMBER, ROW, name_of, place_of, row_suffix, scopes_in, unpack_row
+from ..placed_catalog import ScopeNames, read_counts, read_cursors
+from ..placed_rows import NUMBER, scopes_in, unpack_row
+from .rows import BLOCKS, LINK, ROW, name_of, place_of, row_suffix, stream_of
 from .store import Question, Store
 
 _LINK_AND_PLACE = 5
@@ -25,7 +26,7 @@ class Reader:
 
     def cursors(self) -> dict[str, Cursor]:
         with self._store.asking() as question:
-            return read_cursors(question)
+            return read_cursors(question, stream_of)
 
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
         with self._store.asking() as question:

@@ -24,11 +24,7 @@ does not walk over the tombstones of other blocks.
 
 from __future__ import annotations
 
-from struct import Struct
-from struct import error as StructError  # noqa: N812 - an exception, named like one
-
-from ..entries import Entry
-from ..model import MAX_HASH_BYTES
+from ..placed_rows import CURSOR_KEY, LENGTH, META_KEY, NUMBER
 
 SCHEMA = 1
 """Version of everything above. An index of another version is refused."""
@@ -37,29 +33,8 @@ ROW = b"\x00"
 LINK = b"\x01"
 PREFIX_SIZE = 9
 """The length of a hash and its first 8 bytes. Shorter hashes, and the root, have no such prefix."""
-
-PLACE_KEY = b"\xffp"
-COUNT_KEY = b"\xffn"
-DEAD_KEY = b"\xffd"
-META_KEY = b"\xffm"
-SCOPE_KEY = b"\xffs"
-DIGEST_KEY = b"\xffh"
-CURSOR_KEY = b"\xffc"
 BLOCKS = (b"\x00", b"\xff")
 """Where the keys of blocks begin, and before which key they end."""
-
-ENTRY = Struct(">IIiIQQBB")
-ENTRY_SIZE = ENTRY.size
-PARENT_LEN_AT = ENTRY_SIZE - 1
-SCOPE_AND_INDEX = Struct(">I4xi")
-NUMBER = Struct(">I")
-COUNT = Struct(">QQ")
-
-LENGTH = tuple(bytes((length,)) for length in range(MAX_HASH_BYTES + 1))
-"""What a hash of each length is preceded by."""
-
-PINNED = 1
-PARENT_KNOWN = 2
 
 
 def name_of(block_hash: bytes) -> bytes:
@@ -82,40 +57,16 @@ def place_of(key: bytes) -> int:
     return int(NUMBER.unpack_from(key, 2 + key[0])[0])
 
 
-def pack_entry(entry: Entry) -> bytes:
-    """An entry as bytes; its place is in the key."""
-    parent = entry.parent
-    flags = (PINNED if entry.pinned else 0) | (0 if parent is None else PARENT_KNOWN)
-    return ENTRY.pack(*entry[1:7], flags, len(parent or b"")) + (parent or b"")
+def meta_key(name: str) -> bytes:
+    """The key of one of the few values that belong to the whole index."""
+    return META_KEY + name.encode()
 
 
-def unpack_row(place: int, row: bytes) -> list[Entry]:
-    """The entries of a row. Raises struct.error for a row that was cut."""
-    entries = []
-    at, end = 0, len(row)
-    while at < end:
-        scope, copies, index, tokens, at_ms, size, flags, parent_len = ENTRY.unpack_from(row, at)
-        at += ENTRY_SIZE
-        parent = row[at : at + parent_len] if flags & PARENT_KNOWN else None
-        entries.append(Entry(place, scope, copies, index, tokens, at_ms, size, bool(flags & PINNED), parent))
-        at += parent_len
-    if at > end:
-        raise StructError("the row ends within an entry")
-    return entries
+def cursor_key(stream: str) -> bytes:
+    """The key of a stream's cursor."""
+    return CURSOR_KEY + stream.encode()
 
 
-def is_sole(row: bytes) -> bool:
-    """Whether a row has one entry."""
-    return ENTRY_SIZE + row[PARENT_LEN_AT] == len(row)
-
-
-def scopes_in(row: bytes) -> list[bytes]:
-    """The packed scope number of each entry of a row: all that `match` needs."""
-    if ENTRY_SIZE + row[PARENT_LEN_AT] == len(row):
-        return [row[:4]]
-    found = []
-    at, end = 0, len(row)
-    while at < end:
-        found.append(row[at : at + 4])
-        at += ENTRY_SIZE + row[at + PARENT_LEN_AT]
-    return found
+def stream_of(key: bytes) -> str:
+    """The name of a stream, by the key of its cursor."""
+    return key[len(CURSOR_KEY) :].decode()

@@ -36,10 +36,10 @@ from rocksdict import (
 from ..entries import LivePlaces, live_places
 from ..errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat, BackendFull
 from .options import Durability, Resources
-from .rows import META_KEY, PREFIX_SIZE
+from .rows import PREFIX_SIZE, meta_key
 
 NUMBER_64 = Struct(">Q")
-_BATCH_KEY = META_KEY + b"batch"
+_BATCH_KEY = meta_key("batch")
 """The number of the last batch."""
 
 UNDECODABLE = (StructError, IndexError, KeyError, UnicodeDecodeError, msgspec.DecodeError)

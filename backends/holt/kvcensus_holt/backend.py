@@ -27,12 +27,13 @@ from kvcensus.backends.model import (
     WorkerMatch,
 )
 from kvcensus.backends.ownership import Owner
+from kvcensus.backends.placed_catalog import WriterCatalog
+from kvcensus.backends.placed_rows import NUMBER
 
 from .batch import Batch
-from .catalog import WriterCatalog, cursor_key
 from .options import Durability, OnCorrupt, Resources
 from .reader import Reader
-from .rows import NUMBER, SCHEMA, meta_key, place_of
+from .rows import SCHEMA, cursor_key, meta_key, place_of
 from .store import Changes, Store
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ class HoltBackend(IndexBackend):
                 self._store.read_everything()
                 self._suspect.unlink()
             self._check_schema()
-            self._catalog = WriterCatalog(self._store)
+            self._catalog = WriterCatalog(self._store, meta_key)
         except BaseException:
             self._store.close()
             raise
@@ -146,7 +147,7 @@ class HoltBackend(IndexBackend):
         self._totals = self._catalog.totals()
 
     def _reload(self) -> None:
-        self._catalog = WriterCatalog(self._store)
+        self._catalog = WriterCatalog(self._store, meta_key)
         self._totals = self._catalog.totals()
 
     def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:

@@ -18,22 +18,18 @@ from kvcensus.backends.model import (
     RemoveBlocks,
     StoreRun,
 )
-
-from .catalog import WriterCatalog
-from .rows import (
+from kvcensus.backends.placed_catalog import WriterCatalog
+from kvcensus.backends.placed_rows import (
     NUMBER,
     PARENT_KNOWN,
     PARENT_LEN_AT,
     SCOPE_AND_INDEX,
     is_sole,
-    link_key,
-    name_of,
     pack_entry,
-    place_of,
-    rows_of,
-    short_name,
     unpack_row,
 )
+
+from .rows import link_key, name_of, place_of, rows_of, short_name
 from .store import Changes, Store
 
 _LINKED = b""

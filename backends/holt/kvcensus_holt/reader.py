@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from kvcensus.backends.entries import Entry, LivePlaces, PlaceRow
 from kvcensus.backends.matching import Held, worker_matches
 from kvcensus.backends.model import CacheResidency, Cursor, Holding, IdentityScope, KvBlockKey, WorkerMatch
+from kvcensus.backends.placed_catalog import ScopeNames, read_counts, read_cursors
+from kvcensus.backends.placed_rows import NUMBER, scopes_in, unpack_row
 
-from .catalog import ScopeNames, read_counts, read_cursors
-from .rows import NUMBER, ROW, block_of, child_of, links_of, place_of, rows_of, scopes_in, unpack_row
+from .rows import ROW, block_of, child_of, links_of, place_of, rows_of, stream_of
 from .store import Question, Store
 
 _CHUNK = 32
@@ -26,7 +27,7 @@ class Reader:
 
     def cursors(self) -> dict[str, Cursor]:
         with self._store.asking() as question:
-            return read_cursors(question)
+            return read_cursors(question, stream_of)
 
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
         with self._store.asking() as question:

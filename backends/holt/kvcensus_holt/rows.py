@@ -29,11 +29,8 @@ to differ, and below a hash that has both a prefix node of 128 bytes would stand
 
 from __future__ import annotations
 
-from struct import Struct
-from struct import error as StructError  # noqa: N812 - an exception, named like one
-
-from kvcensus.backends.entries import Entry
 from kvcensus.backends.model import MAX_HASH_BYTES
+from kvcensus.backends.placed_rows import CURSOR_KEY, LENGTH, META_KEY, NUMBER
 
 SCHEMA = 1
 """Version of everything above. An index of another version is refused."""
@@ -41,31 +38,12 @@ SCHEMA = 1
 ROW = b"\x01"
 LINK = b"\x02"
 
-PLACE_KEY = b"\xffp"
-COUNT_KEY = b"\xffn"
-DEAD_KEY = b"\xffd"
-META_KEY = b"\xffm"
-SCOPE_KEY = b"\xffs"
-DIGEST_KEY = b"\xffh"
-CURSOR_KEY = b"\xffc"
-ENTRY = Struct(">IIiIQQBB")
-ENTRY_SIZE = ENTRY.size
-PARENT_LEN_AT = ENTRY_SIZE - 1
-SCOPE_AND_INDEX = Struct(">I4xi")
-NUMBER = Struct(">I")
-COUNT = Struct(">QQ")
-
-LENGTH = tuple(bytes((length,)) for length in range(MAX_HASH_BYTES + 1))
-"""What a hash of each length is preceded by."""
 DIGITS = tuple(bytes((byte >> 6, byte >> 4 & 3, byte >> 2 & 3, byte & 3)) for byte in range(256))
 """What the tree branches by, for each byte."""
 _SPREAD = 4
 """Bytes at the beginning of a hash that are spread: 16 digits tell 4 billion hashes apart."""
 HASH_AT = tuple(1 + len(DIGITS[0]) * min(length, _SPREAD) for length in range(MAX_HASH_BYTES + 1))
 """Where in its name a hash of each length begins."""
-
-PINNED = 1
-PARENT_KNOWN = 2
 
 
 def short_name(block_hash: bytes) -> bytes:
@@ -119,40 +97,12 @@ def meta_key(name: str) -> bytes:
     return META_KEY + bytes((len(name),)) + name.encode()
 
 
-def pack_entry(entry: Entry) -> bytes:
-    """An entry as bytes; its place is in the key."""
-    parent = entry.parent
-    flags = (PINNED if entry.pinned else 0) | (0 if parent is None else PARENT_KNOWN)
-    return ENTRY.pack(*entry[1:7], flags, len(parent or b"")) + (parent or b"")
+def cursor_key(stream: str) -> bytes:
+    """The key of a stream's cursor."""
+    name = stream.encode()
+    return CURSOR_KEY + NUMBER.pack(len(name)) + name
 
 
-def unpack_row(place: int, row: bytes) -> list[Entry]:
-    """The entries of a row. Raises struct.error for a row that was cut."""
-    entries = []
-    at, end = 0, len(row)
-    while at < end:
-        scope, copies, index, tokens, at_ms, size, flags, parent_len = ENTRY.unpack_from(row, at)
-        at += ENTRY_SIZE
-        parent = row[at : at + parent_len] if flags & PARENT_KNOWN else None
-        entries.append(Entry(place, scope, copies, index, tokens, at_ms, size, bool(flags & PINNED), parent))
-        at += parent_len
-    if at > end:
-        raise StructError("the row ends within an entry")
-    return entries
-
-
-def is_sole(row: bytes) -> bool:
-    """Whether a row has one entry."""
-    return ENTRY_SIZE + row[PARENT_LEN_AT] == len(row)
-
-
-def scopes_in(row: bytes) -> list[bytes]:
-    """The packed scope number of each entry of a row: all that `match` needs."""
-    if ENTRY_SIZE + row[PARENT_LEN_AT] == len(row):
-        return [row[:4]]
-    found = []
-    at, end = 0, len(row)
-    while at < end:
-        found.append(row[at : at + 4])
-        at += ENTRY_SIZE + row[at + PARENT_LEN_AT]
-    return found
+def stream_of(key: bytes) -> str:
+    """The name of a stream, by the key of its cursor."""
+    return key[len(CURSOR_KEY) + NUMBER.size :].decode()

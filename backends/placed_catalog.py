@@ -1,47 +1,53 @@
 """The numbers that stand for places and scopes in the keys and rows, and the counts kept for each place.
 
-`WriterCatalog` belongs to the writer thread and to one batch at a time; when a batch is given up the catalog is loaded
-again. `ScopeNames` of its own serves the readers.
+Of stores that keep a row for each (block, place). `WriterCatalog` belongs to the writer thread and to one batch at a
+time; when a batch is given up the catalog is loaded again. `ScopeNames` of its own serves the readers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from hashlib import blake2b
+from typing import Protocol
 
 import msgspec
 
-from kvcensus.backends.entries import PlaceRow, live_places
-from kvcensus.backends.model import CacheTier, Cursor, GroupSpec, IdentityScope, StoreRun
-
-from .rows import COUNT, COUNT_KEY, CURSOR_KEY, DEAD_KEY, DIGEST_KEY, META_KEY, NUMBER, PLACE_KEY, SCOPE_KEY, meta_key
-from .store import Changes, Question, Store
+from .entries import LivePlaces, PlaceRow, live_places
+from .model import CacheTier, Cursor, GroupSpec, IdentityScope, StoreRun
+from .placed_rows import COUNT, COUNT_KEY, CURSOR_KEY, DEAD_KEY, DIGEST_KEY, META_KEY, NUMBER, PLACE_KEY, SCOPE_KEY
 
 _encode = msgspec.msgpack.encode
 _decode_place = msgspec.msgpack.Decoder(PlaceRow).decode
 _decode_scope = msgspec.msgpack.Decoder(IdentityScope).decode
 _decode_cursor = msgspec.msgpack.Decoder(Cursor).decode
 
-_NEXT_PLACE_KEY = meta_key("next_place")
-_NEXT_SCOPE_KEY = meta_key("next_scope")
 _SCOPE_CACHE_MAX = 100_000
+
+
+class Question(Protocol):
+    """A look at a store as of one moment."""
+
+    def under(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
+        """Every key that begins with `prefix`, and its value."""
+
+
+class Store(Protocol):
+    """What keeps the tables."""
+
+    live: LivePlaces
+    """The places that go with what is stored."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """One value, None when there is none."""
+
+    def asking(self) -> AbstractContextManager[Question]:
+        """A look at what is stored."""
 
 
 def numbered(question: Question, prefix: bytes) -> list[tuple[int, bytes]]:
     """The numbers and values under a prefix of the small tables."""
     return [(NUMBER.unpack(key[len(prefix) :])[0], value) for key, value in question.under(prefix)]
-
-
-def read_cursors(question: Question) -> dict[str, Cursor]:
-    """Every cursor by its stream's name."""
-    start = len(CURSOR_KEY) + NUMBER.size
-    return {key[start:].decode(): _decode_cursor(value) for key, value in question.under(CURSOR_KEY)}
-
-
-def cursor_key(stream: str) -> bytes:
-    """The key of a stream's cursor."""
-    name = stream.encode()
-    return CURSOR_KEY + NUMBER.pack(len(name)) + name
 
 
 def read_places(question: Question) -> dict[int, PlaceRow]:
@@ -54,9 +60,9 @@ def read_counts(question: Question) -> dict[int, tuple[int, int]]:
     return {number: COUNT.unpack(value) for number, value in numbered(question, COUNT_KEY)}
 
 
-def read_scopes(question: Question) -> dict[int, IdentityScope]:
-    """Every scope that was ever stored."""
-    return {number: _decode_scope(value) for number, value in numbered(question, SCOPE_KEY)}
+def read_cursors(question: Question, stream_of: Callable[[bytes], str]) -> dict[str, Cursor]:
+    """Every cursor by its stream's name, which the store reads from its key."""
+    return {stream_of(key): _decode_cursor(value) for key, value in question.under(CURSOR_KEY)}
 
 
 class ScopeNames:
@@ -103,8 +109,10 @@ def digest_key(scope: IdentityScope) -> bytes:
 class WriterCatalog:
     """Places, scopes and counts as the writer knows them, and what of them the current batch must write."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, meta_key: Callable[[str], bytes]) -> None:
+        """`meta_key` gives the store's keys of numbers that belong to the whole index, by their names."""
         self._scopes = ScopeNames(store)
+        self._next_place_key, self._next_scope_key = meta_key("next_place"), meta_key("next_scope")
         with store.asking() as question:
             self.rows = read_places(question)
             self.counts = read_counts(question)
@@ -114,8 +122,8 @@ class WriterCatalog:
         self._by_worker: dict[str, dict[int, PlaceRow]] = {}
         for number, row in self.rows.items():
             self._by_worker.setdefault(row.worker_id, {})[number] = row
-        self.next_place = int.from_bytes(meta.get(_NEXT_PLACE_KEY, b""), "big")
-        self._next_scope = int.from_bytes(meta.get(_NEXT_SCOPE_KEY, b""), "big")
+        self.next_place = int.from_bytes(meta.get(self._next_place_key, b""), "big")
+        self._next_scope = int.from_bytes(meta.get(self._next_scope_key, b""), "big")
         self._stored_next_place = self.next_place
         self._new_scopes: dict[IdentityScope, int] = {}
         self._new_numbers: dict[int, IdentityScope] = {}
@@ -201,31 +209,34 @@ class WriterCatalog:
         self._buried[number] = records
         return records
 
+    def sweep_everything(self) -> None:
+        """Nothing stands under the number of any dead place, once the batch is written."""
+        self._swept.update(self.dead, self._buried)
+
     def swept(self, places: Iterable[int]) -> None:
         """Nothing stands under the numbers of these dead places any more."""
         self._swept.update(places)
 
-    def flush(self, changes: Changes) -> None:
-        """Write what has changed."""
+    def flush(self, writes: dict[bytes, bytes | None]) -> None:
+        """Add what has changed to what is to be written: values by key, None for a key that is to go."""
         for number in self._changed_places:
-            changes[PLACE_KEY + NUMBER.pack(number)] = _encode(self.rows[number])
+            writes[PLACE_KEY + NUMBER.pack(number)] = _encode(self.rows[number])
         if self.next_place != self._stored_next_place:
-            changes[_NEXT_PLACE_KEY] = NUMBER.pack(self.next_place)
+            writes[self._next_place_key] = NUMBER.pack(self.next_place)
         for number in self._changed_counts:
-            changes[COUNT_KEY + NUMBER.pack(number)] = COUNT.pack(*self.counts[number])
+            writes[COUNT_KEY + NUMBER.pack(number)] = COUNT.pack(*self.counts[number])
         for scope, number in self._new_scopes.items():
-            changes[SCOPE_KEY + NUMBER.pack(number)] = _encode(scope)
-            changes[digest_key(scope)] = NUMBER.pack(number)
+            writes[SCOPE_KEY + NUMBER.pack(number)] = _encode(scope)
+            writes[digest_key(scope)] = NUMBER.pack(number)
         if self._new_scopes:
-            changes[_NEXT_SCOPE_KEY] = NUMBER.pack(self._next_scope)
+            writes[self._next_scope_key] = NUMBER.pack(self._next_scope)
         for number, records in self._buried.items():
             key = NUMBER.pack(number)
-            changes[PLACE_KEY + key] = None
-            changes[COUNT_KEY + key] = None
+            writes[PLACE_KEY + key] = writes[COUNT_KEY + key] = None
             if records:
-                changes[DEAD_KEY + key] = b""
+                writes[DEAD_KEY + key] = b""
         for number in self._swept:
-            changes[DEAD_KEY + NUMBER.pack(number)] = None
+            writes[DEAD_KEY + NUMBER.pack(number)] = None
 
     def written(self) -> None:
         """The batch was written: what it changed is now what there is."""
