@@ -6,8 +6,10 @@ Block hashes are opaque bytes (8, 16 or 32 of them as a rule). Times are millise
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 ROOT = b""
 """The `prefix_hash` of a block that starts a chain. No engine hash is empty."""
@@ -124,11 +126,11 @@ class GroupKind(StrEnum):
 
 
 class GroupSpec(msgspec.Struct, frozen=True):
-    """What a worker said of one of its KV-cache groups. `window` and `block_size` are in tokens, 0 when unknown."""
+    """What a worker said of one of its KV-cache groups."""
 
-    kind: GroupKind = GroupKind.FULL
-    window: int = 0
-    block_size: int = 0
+    kind: Annotated[GroupKind, Meta(description="How its attention uses the blocks.")] = GroupKind.FULL
+    window: Annotated[int, Meta(description="The window of its attention in tokens, 0 when unknown.")] = 0
+    block_size: Annotated[int, Meta(description="The size of a block in tokens, 0 when unknown.")] = 0
 
     def after(self, told: GroupSpec) -> GroupSpec:
         """This spec once a worker has told another. The larger block size stays: part of a block is told as a block."""

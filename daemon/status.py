@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
+from msgspec import Meta
 from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.interface import IndexBackend
@@ -44,52 +45,57 @@ class Trust(StrEnum):
     UNTRUSTED = "untrusted"
 
 
+WorkerId = Annotated[str, Meta(description="The worker: NAME, or NAME/RANK for a stream of one data-parallel rank.")]
+Rank = Annotated[int | None, Meta(description="The data-parallel rank, null for a stream without one.")]
+WorkerTrust = Annotated[Trust, Meta(description="How far the worker's blocks can be believed.")]
+TrustReason = Annotated[str, Meta(description='Why `trust` is not `fresh`, "" when it is.')]
+SinceMs = Annotated[int, Meta(description="Since when `trust` is so, in ms since the Unix epoch; 0: unknown.")]
+LastSeq = Annotated[int, Meta(description="The sequence number of the last committed message, -1 before the first.")]
+Ready = Annotated[bool, Meta(description="Whether the daemon can answer.")]
+ReadyProblems = Annotated[list[str], Meta(description="What is wrong, also what does not keep it from answering.")]
+
+
 class StreamStatus(msgspec.Struct, frozen=True):
-    """A stream as of its last commit. Times are in ms since the Unix epoch, 0: never.
+    """A stream as of its last commit."""
 
-    `last_seq` is -1 before the first message.
-    `stream` names the cursor; `source` is the configured name; `worker_id` is NAME or NAME/RANK.
-    `trust`, `reason` and `since_ms` say whether the worker's blocks can be believed, why not, and since when.
-    """
-
-    stream: str
-    source: str
-    endpoint: str
-    worker_id: str
-    rank: int | None
-    epoch: int
-    last_seq: int
-    state: StreamState
-    trust: Trust
-    reason: str
-    since_ms: int
-    engine_ms: int
-    committed_ms: int
-    messages: int
-    blocks_stored: int
-    blocks_removed: int
-    silent: bool
-    """The source has never delivered anything, although it had the time."""
+    stream: Annotated[str, Meta(description="The name of its cursor.")]
+    source: Annotated[str, Meta(description="The configured name of the source or bus.")]
+    endpoint: Annotated[str, Meta(description="Where its messages come from.")]
+    worker_id: WorkerId
+    rank: Rank
+    epoch: Annotated[int, Meta(description="Which life of the publisher it is: one more after each restart.")]
+    last_seq: LastSeq
+    state: Annotated[StreamState, Meta(description="What the stream is doing.")]
+    trust: WorkerTrust
+    reason: TrustReason
+    since_ms: SinceMs
+    engine_ms: Annotated[
+        int, Meta(description="The engine's time of the last committed message, in ms since the Unix epoch; 0: never.")
+    ]
+    committed_ms: Annotated[int, Meta(description="When that was committed, in ms since the Unix epoch; 0: never.")]
+    messages: Annotated[int, Meta(description="Messages applied in this epoch.")]
+    blocks_stored: Annotated[int, Meta(description="Blocks that these stored.")]
+    blocks_removed: Annotated[int, Meta(description="Blocks that these removed.")]
+    silent: Annotated[
+        bool, Meta(description="Whether the source has never delivered anything, although it had the time.")
+    ]
 
 
 class BusStatus(msgspec.Struct, frozen=True):
-    """A bus and how far it has been read.
+    """A bus and how far it has been read."""
 
-    `jetstream` names the stream that keeps its messages, "" for none; `position` is the sequence number there as of the
-    last commit, -1 before the first, and `pending` what is left to read. `problem` is why nothing comes, or "".
-    `refused` counts messages of workers that are not followed.
-    """
-
-    bus: str
-    type: str
-    servers: tuple[str, ...]
-    jetstream: str
-    state: StreamState
-    problem: str
-    position: int
-    pending: int
-    workers: int
-    refused: int
+    bus: Annotated[str, Meta(description="The configured name.")]
+    type: Annotated[str, Meta(description="What its messages are: `vllm`, `sglang` or `dynamo`.")]
+    servers: Annotated[tuple[str, ...], Meta(description="The addresses of the servers.")]
+    jetstream: Annotated[str, Meta(description='The JetStream stream that keeps its messages, "" for none.')]
+    state: Annotated[StreamState, Meta(description="What the bus is doing.")]
+    problem: Annotated[str, Meta(description='Why nothing comes, "" when nothing is wrong.')]
+    position: Annotated[
+        int, Meta(description="The sequence number in `jetstream` as of the last commit, -1 before the first.")
+    ]
+    pending: Annotated[int, Meta(description="Messages that are left to read in `jetstream`.")]
+    workers: Annotated[int, Meta(description="Workers that are followed.")]
+    refused: Annotated[int, Meta(description="Messages of workers that are not followed, since the daemon started.")]
 
 
 class BusFigures(Protocol):
@@ -102,10 +108,10 @@ class BusFigures(Protocol):
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """Whether the daemon can answer, and what is wrong if not."""
+    """Whether the daemon can answer, and what is wrong."""
 
-    ready: bool
-    problems: list[str]
+    ready: Ready
+    problems: ReadyProblems
 
 
 class StreamCounters(Protocol):

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import msgspec
 from aiohttp.typedefs import Handler
 
+from kvcensus.backends.model import CacheTier, GroupKind
+
+from ..status import StreamState, Trust
 from .answers import JSON, MSGPACK
 from .bodies import ErrorAnswer
 from .snapshot import NDJSON
@@ -42,6 +45,8 @@ def describe(endpoints: Sequence[Endpoint], version: str, open_paths: Collection
     types = {kind for one in endpoints for kind in (one.answer, one.body) if kind is not None} | {ErrorAnswer}
     ordered = sorted(types, key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(ordered, ref_template=_REFERENCE)
+    for closed in (CacheTier, GroupKind, StreamState, Trust):
+        schemas[closed.__name__]["enum"] = list(closed)  # msgspec puts them in the order of the alphabet
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         operation = _operation(endpoint if endpoint.path in open_paths else _guarded(endpoint))
@@ -115,7 +120,13 @@ def _parameters(query: type[msgspec.Struct]) -> list[dict[str, Any]]:
     described = msgspec.json.schema(query)["$defs"][query.__name__]
     required = described.get("required", ())
     return [
-        {"name": name, "in": "query", "required": name in required, "schema": schema}
+        {
+            "name": name,
+            "in": "query",
+            "required": name in required,
+            "description": schema.pop("description", ""),
+            "schema": schema,
+        }
         for name, schema in described["properties"].items()
     ]
 

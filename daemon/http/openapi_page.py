@@ -35,7 +35,10 @@ def _operation(title: str, operation: dict[str, Any]) -> str:
     parts.append("\n")
     if "parameters" in operation:
         parts.append("\n| parameter | type | required | meaning |\n|---|---|---|---|\n")
-        parts += [_row(one["name"], one["schema"], one["required"]) for one in operation["parameters"]]
+        parts += [
+            _row(one["name"], {**one["schema"], "description": one["description"]}, one["required"])
+            for one in operation["parameters"]
+        ]
     if "requestBody" in operation:
         parts.append(f"\nBody: {_contents(operation['requestBody']['content'])}.\n")
     parts.append("\n| status | answer | meaning |\n|---|---|---|\n")
@@ -80,10 +83,10 @@ def _kind(schema: dict[str, Any]) -> str:
 
 
 def _meaning(schema: dict[str, Any]) -> str:
-    """The field's description, of what it is an array of as well, and its default."""
-    found = schema.get("description") or schema.get("items", {}).get("description", "")
-    default = f" Default: `{json.dumps(schema['default'])}`." if "default" in schema else ""
-    return _cell(f"{found}{default}".strip())
+    """The field's description, that of its items, and its default."""
+    found = [schema.get("description"), schema.get("items", {}).get("description")]
+    default = f"Default: `{json.dumps(schema['default'])}`." if "default" in schema else None
+    return _cell(" ".join(part for part in (*found, default) if part))
 
 
 def _cell(text: str) -> str:

@@ -1,5 +1,6 @@
 """The description of the API is valid, complete, and true of what is served."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,32 @@ def test_the_reference_page_has_every_endpoint(description: dict[str, Any]) -> N
     page = PAGE.read_text()
 
     assert [one for one in sorted(_operations(description)) if f"`{one[0]} {one[1]}`" not in page] == []
+
+
+def _undescribed(description: dict[str, Any]) -> list[str]:
+    """Types, fields and parameters without a word of what they mean."""
+    named = list(description["components"]["schemas"].items())
+    named += [(f"{kind}.{field}", its) for kind, schema in named for field, its in schema.get("properties", {}).items()]
+    named += [
+        (f"{path}?{one['name']}", one)
+        for path, methods in description["paths"].items()
+        for operation in methods.values()
+        for one in operation.get("parameters", ())
+    ]
+    assert len(named) > 120
+    return [name for name, its in named if not its.get("description", "").strip()]
+
+
+def test_every_type_field_and_parameter_says_what_it_means(description: dict[str, Any]) -> None:
+    assert _undescribed(description) == []
+
+
+def test_what_says_nothing_would_be_noticed(description: dict[str, Any]) -> None:
+    changed = copy.deepcopy(description)
+    del changed["components"]["schemas"]["Residency"]["properties"]["bytes"]["description"]
+    changed["paths"]["/v1/locate"]["get"]["parameters"][0]["description"] = " "
+
+    assert _undescribed(changed) == ["Residency.bytes", "/v1/locate?block_hash"]
 
 
 def test_the_made_page_is_current(description: dict[str, Any]) -> None:
