@@ -14,6 +14,7 @@ from .section import Positive, Section
 
 _URL = re.compile(r"(?P<scheme>nats|tls)://(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?/?")
 _LOCAL = re.compile(r"nats://(127\.[0-9.]+|localhost|\[::1\])(:|/|$)")
+_DOMAIN = re.compile(r"[^\s.*>]{1,255}")
 _OTHER_SCHEME = re.compile(r"wss?://.*")
 _HIGHEST_PORT = 65535
 _MAX_SERVERS = 64
@@ -43,6 +44,8 @@ class NatsServers(Section, frozen=True):
     """PEM file of our own certificate and its chain, for servers that ask for one."""
     tls_key_file: str = ""
     """PEM file of its key, without a passphrase."""
+    jetstream_domain: str = ""
+    """The JetStream domain that has the stream, where it is not that of `servers`: a hub's, seen from its leaf."""
     tls_first: bool = False
     """Begin with the TLS handshake, before the server says anything: for servers with `handshake_first`."""
     reconnect_min_ms: Positive = 100
@@ -57,6 +60,8 @@ class NatsServers(Section, frozen=True):
     def __post_init__(self) -> None:
         for number, server in enumerate(self.servers):
             _check_server(f"servers[{number}]", server)
+        if self.jetstream_domain and not _DOMAIN.fullmatch(self.jetstream_domain):
+            raise InvalidValue("jetstream_domain", f"{self.jetstream_domain!r} is no domain: no spaces, none of . * >")
         if self.reconnect_max_ms < self.reconnect_min_ms:
             raise InvalidValue("reconnect_max_ms", f"less than reconnect_min_ms ({self.reconnect_min_ms})")
         given = [key for key in _SECRETS if getattr(self, key)]

@@ -132,7 +132,7 @@ async def _look_back(config: NatsConfig, connection: NatsConnection, look: BusLo
     """What there is of the stream, and its last messages. Raises NatsProblem."""
     name = config.stream
     await stream_info(connection, name)
-    info = msgspec.json.decode(await connection.request(f"$JS.API.STREAM.INFO.{name}"), type=_Info)
+    info = msgspec.json.decode(await connection.request(f"{connection.jetstream}.STREAM.INFO.{name}"), type=_Info)
     state = info.state
     found = JetStream(name, info.config.subjects, state.first_seq, state.last_seq, state.messages, state.bytes)
     found.oldest_s = _age_s(state.first_ts) if state.messages else None
@@ -176,7 +176,7 @@ async def _last_messages(connection: NatsConnection, stream: str, state: _State,
     await create_consumer(connection, stream, name, start, _INACTIVE_S)
     left = max(_HEARTBEAT_S, ends - loop.time())
     request = pull_request(LOOK_BACK, _LOOK_BACK_BYTES, left, min(_HEARTBEAT_S, left / 2))
-    await connection.publish(pull_subject(stream, name), request, inbox)
+    await connection.publish(pull_subject(connection, stream, name), request, inbox)
     with suppress(TimeoutError):
         async with asyncio.timeout(left):
             await done.wait()

@@ -12,7 +12,6 @@ from ..sources.nats_connection import NatsConnection
 from ..sources.nats_problems import NatsProblem, NoAnswer
 from .convention import every_subject
 
-_API = "$JS.API.STREAM"
 _NOT_FOUND = 404
 _ASK_S = 1.0
 """How long to wait for what a server says of a stream: nothing is published meanwhile."""
@@ -63,7 +62,7 @@ class RelayStream:
             async with asyncio.timeout(_ASK_S):
                 found = await self._ask(connection, "INFO", b"")
         except NoAnswer as error:
-            raise NatsProblem(f"{connection.url} has no JetStream, or no leader for it") from error
+            raise NatsProblem(f"{connection.jetstream_place} has no JetStream, or no leader for it") from error
         except (NatsProblem, TimeoutError) as problem:
             if connection.is_lost:
                 raise NatsProblem(connection.why_lost()) from problem
@@ -75,14 +74,15 @@ class RelayStream:
         if found.code != _NOT_FOUND:
             raise NatsProblem(f"stream {name}: {_sentence(found)}")
         if not self._options.create:
-            raise NatsProblem(f"there is no stream {name} at {connection.url}: make it, or set create_stream = true")
+            where = connection.jetstream_place
+            raise NatsProblem(f"there is no stream {name} at {where}: make it, or set create_stream = true")
         refused = await self._ask(connection, "CREATE", msgspec.json.encode(self._config()))
         if refused is not None:
             raise NatsProblem(f"stream {name} cannot be made: {_sentence(refused)}")
         log.info("stream_made", stream=name, subjects=[every_subject(self._options.prefix)])
 
     async def _ask(self, connection: NatsConnection, what: str, body: bytes) -> _Error | None:
-        answer = await connection.request(f"{_API}.{what}.{self._options.name}", body)
+        answer = await connection.request(f"{connection.jetstream}.STREAM.{what}.{self._options.name}", body)
         found = msgspec.json.decode(answer, type=_Answer)
         self.replicas = found.config.num_replicas
         return found.error

@@ -224,7 +224,7 @@ class JetStreamBus(NatsBus):
         return receive
 
     async def _ask_for_more(self, connection: NatsConnection, pull: _Pull) -> None:
-        subject = pull_subject(self.config.stream, pull.name)
+        subject = pull_subject(connection, self.config.stream, pull.name)
         request = pull_request(self._batch, self._max_bytes, _PULL_EXPIRES_S, _IDLE_HEARTBEAT_S)
         while len(pull.requests) < _PULLS:
             await connection.publish(subject, request, pull.next_inbox(self._batch))
@@ -294,7 +294,7 @@ class JetStreamBus(NatsBus):
             raise NatsProblem(connection.why_lost())
         if polling.done():
             polling.result()
-        if problem := connection.refused.get(pull_subject(self.config.stream, pull.name)):
+        if problem := connection.refused.get(pull_subject(connection, self.config.stream, pull.name)):
             raise NatsProblem(problem)
         if asyncio.get_running_loop().time() - pull.heard_s > _SILENCE_S:
             raise _Odd("not even heartbeats come of it")

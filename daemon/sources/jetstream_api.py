@@ -1,6 +1,7 @@
 """What is said to JetStream, and what it says: https://docs.nats.io/reference/reference-protocols/nats_api_reference.
 
-Requests and answers are JSON on subjects under `$JS.API`. A message of a consumer has its place in its reply subject:
+Requests and answers are JSON on subjects under `$JS.API`, or `$JS.DOMAIN.API`. A message of a consumer has its place in
+its reply subject:
 
     $JS.ACK.STREAM.CONSUMER.DELIVERED.STREAM_SEQ.CONSUMER_SEQ.TIME.PENDING
     $JS.ACK.DOMAIN.ACCOUNT.STREAM.CONSUMER.DELIVERED.STREAM_SEQ.CONSUMER_SEQ.TIME.PENDING.…
@@ -15,7 +16,6 @@ import msgspec
 from .nats_connection import NatsConnection
 from .nats_problems import NatsProblem, NoAnswer
 
-_API = "$JS.API"
 _OLDEST_SERVER = (2, 9)
 """Where a consumer can be created with a name, replicas and a place in memory."""
 _NO_STREAM = 10059
@@ -91,10 +91,10 @@ async def stream_info(connection: NatsConnection, stream: str) -> StreamInfo:
     if connection.version < _OLDEST_SERVER:
         raise NatsProblem(f"{connection.url} is NATS {connection.version_text}: JetStream is followed from 2.9 on")
     try:
-        return await _ask(connection, f"{_API}.STREAM.INFO.{stream}", b"", StreamInfo, stream)
+        return await _ask(connection, f"{connection.jetstream}.STREAM.INFO.{stream}", b"", StreamInfo, stream)
     except NoAnswer as error:
         raise NatsProblem(
-            f"JetStream is not enabled at {connection.url}, or its cluster has no leader: "
+            f"JetStream is not enabled at {connection.jetstream_place}, or its cluster has no leader: "
             f"nobody answers when asked for stream {stream}"
         ) from error
 
@@ -115,12 +115,12 @@ async def create_consumer(connection: NatsConnection, stream: str, name: str, st
         "mem_storage": True,
     }
     request = msgspec.json.encode({"stream_name": stream, "config": config})
-    await _ask(connection, f"{_API}.CONSUMER.CREATE.{stream}.{name}", request, _Created, stream)
+    await _ask(connection, f"{connection.jetstream}.CONSUMER.CREATE.{stream}.{name}", request, _Created, stream)
 
 
 async def delete_consumer(connection: NatsConnection, stream: str, name: str) -> None:
     """Raises NatsProblem when it cannot be deleted; it goes by itself later."""
-    await _ask(connection, f"{_API}.CONSUMER.DELETE.{stream}.{name}", b"", _Answer, stream)
+    await _ask(connection, f"{connection.jetstream}.CONSUMER.DELETE.{stream}.{name}", b"", _Answer, stream)
 
 
 def pull_request(batch: int, max_bytes: int, expires_s: float, heartbeat_s: float) -> bytes:
@@ -130,8 +130,8 @@ def pull_request(batch: int, max_bytes: int, expires_s: float, heartbeat_s: floa
     return msgspec.json.encode(limits | waits)
 
 
-def pull_subject(stream: str, consumer: str) -> str:
-    return f"{_API}.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+def pull_subject(connection: NatsConnection, stream: str, consumer: str) -> str:
+    return f"{connection.jetstream}.CONSUMER.MSG.NEXT.{stream}.{consumer}"
 
 
 async def _ask(connection: NatsConnection, subject: str, request: bytes, kind: type[AnswerT], stream: str) -> AnswerT:
@@ -147,7 +147,7 @@ async def _ask(connection: NatsConnection, subject: str, request: bytes, kind: t
 
 def _refused(connection: NatsConnection, stream: str, error: ApiError) -> str:
     if error.err_code == _NO_STREAM:
-        return f"{connection.url} has no stream {stream}"
+        return f"{connection.jetstream_place} has no stream {stream}"
     if error.err_code in (_NOT_FOR_ACCOUNT, _NOT_ENABLED):
         return f"JetStream is not enabled at {connection.url} for this account"
     return f"stream {stream} at {connection.url}: {error.description} (error {error.err_code})"

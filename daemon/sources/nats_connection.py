@@ -101,6 +101,18 @@ class NatsConnection:
         """Whether it is encrypted."""
         return self._servers.tls_first or bool(self._offer.get("tls_required"))
 
+    @property
+    def jetstream(self) -> str:
+        """What the subjects of requests to JetStream begin with."""
+        domain = self._servers.jetstream_domain
+        return f"$JS.{domain}.API" if domain else "$JS.API"
+
+    @property
+    def jetstream_place(self) -> str:
+        """Where JetStream is asked, for a sentence."""
+        domain = self._servers.jetstream_domain
+        return f"{self.url} in domain {domain}" if domain else self.url
+
     def why_lost(self) -> str:
         """A sentence on its end."""
         error = self.client.last_error or errors.UnexpectedEOF()

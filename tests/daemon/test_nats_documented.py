@@ -44,7 +44,7 @@ def test_every_example_is_a_configuration_without_a_warning(number: int, etc: Pa
 
 
 def test_the_examples_use_every_kind_of_credentials_and_tls() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     for key in ("credentials_file", "nkey_file", "password_file", "token_file", "tls_ca_file", "tls_certificate_file"):
         assert key in PAGE
 
