@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .entries import scope_order
 from .interface import IndexBackend
 from .matching import Held, patience, worker_matches
 from .memory_place import Known, Place, Record, Run
@@ -279,7 +280,10 @@ class MemoryBackend(IndexBackend):
             order = (place.group != run.group, place.tier is not run.tier, TIER_NUMBER[place.tier], place.group)
             if best is None or order < best[0]:
                 best = (order, place)
-        return None if best is None else (best[1], min(best[1].records_of(block_hash), key=_scope_order))
+        if best is None:
+            return None
+        records = best[1].records_of(block_hash)
+        return best[1], min(records, key=lambda record: scope_order(record.scope))
 
     def _placed_by_sibling(self, run: StoreRun, block_hash: bytes) -> Record:
         found = self._own_record(run, block_hash)
@@ -347,17 +351,6 @@ class MemoryBackend(IndexBackend):
         if not places:
             self._places.pop(clear.worker_id, None)
         return cleared
-
-
-def _scope_order(record: Record) -> tuple[str, str, bool, str, str]:
-    scope = record.scope
-    return (
-        scope.model_id,
-        scope.tokenizer_id,
-        scope.adapter_id is not None,
-        scope.adapter_id or "",
-        scope.tenant_id,
-    )
 
 
 def _held_by(

@@ -230,8 +230,8 @@ class Service:
         problems = []
         if not self.alive():
             problems.append(f"a thread has ended: {self.failure()!r}")
-        if self._writer.full:
-            problems.append(f"nothing can be written: {self._writer.full}")
+        if unwritten := self._writer.upkeep.problem:
+            problems.append(f"nothing can be written: {unwritten}")
         if damage := self.backend.damage():
             problems.append(f"the index is damaged: {damage}")
         ready = not problems
@@ -242,9 +242,9 @@ class Service:
         return Readiness(ready, problems)
 
     def statuses(self) -> list[StreamStatus]:
-        full = self._writer.full
+        upkeep = self._writer.upkeep
         statuses = [followed.status() for followed in self._followed()]
-        return [_unwritten(one, full, self._writer.full_since_ms) for one in statuses] if full else statuses
+        return [_unwritten(one, upkeep.problem, upkeep.since_ms) for one in statuses] if upkeep.problem else statuses
 
     def stream_counters(self) -> Sequence[StreamCounters]:
         return self._followed()

@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-from kvcensus.backends.errors import BackendError, BackendFull, BackendUnavailable
+from kvcensus.backends.errors import BackendFull, BackendUnavailable
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.model import ApplyResult, ClearBlocks, Cursor, Operation, RemoveBlocks, StoreRun
 from kvcensus.translators.translation import Rejection, RejectReason, Translation, worker_id_of
@@ -26,17 +26,11 @@ from .quarantine import Quarantine
 from .shadow import Shadow
 from .status import Trust
 from .streams.verdicts import Apply, Fence, NewEpoch, Retire
+from .upkeep import Upkeep
 
 _IDLE_WAIT_S = 0.2
 _RETRY_FULL_S = 1.0
 _LOG_EVERY_S = 10.0
-_HOUSEKEEPING_S = 0.5
-"""How often space is reclaimed while there is always something to write: some milliseconds each time."""
-_ROOM_STEPS = 20
-"""Steps of reclaiming between two attempts to write into a full store."""
-_READERS_EVERY_S = 10.0
-_PINNED_TRANSACTIONS = 1000
-"""A reader so many transactions behind keeps every page that they freed: 20 s of a busy writer, or more."""
 
 _HARMLESS = {RejectReason.MEDIUM}
 """Rejections that cannot leave a block in the index that the worker has dropped: none was ever stored there."""
@@ -78,12 +72,7 @@ class Writer(threading.Thread):
         self._muffled: dict[tuple[str, str], tuple[float, int]] = {}
         self.counters = WriterCounters()
         self.error: BaseException | None = None
-        self.full: str = ""
-        self.full_since_ms = 0
-        self._is_away = False
-        self._housekept_s = 0.0
-        self._readers_seen_s = 0.0
-        self._untidy = ""
+        self.upkeep = Upkeep(backend, options.reclaim_rows, shadow)
         self.beat_s = time.monotonic()
         """When it last was between two steps, or between two attempts at one."""
 
@@ -114,7 +103,7 @@ class Writer(threading.Thread):
                 if not items:
                     if self._queue.closed:
                         return False
-                    self._housekeep(now)
+                    self.upkeep.step()
                     if self._quarantine is not None:
                         self._quarantine.flush()
                     return True
@@ -123,62 +112,9 @@ class Writer(threading.Thread):
             if self._blocks >= self._options.commit_max_blocks or wait_s <= 0 or self._barriers:
                 break
         self._commit()
-        if now - self._housekept_s > _HOUSEKEEPING_S:
-            self._housekeep(now)
+        if self.upkeep.is_due():
+            self.upkeep.step()
         return True
-
-    def _housekeep(self, now: float) -> None:
-        """Free what cleared workers and killed readers held, and say who reads an old state for long."""
-        self._housekept_s = now
-        self._reclaim()
-        if self._shadow is not None:
-            self._shadow.reclaim(self._options.reclaim_rows)
-        if now - self._readers_seen_s < _READERS_EVERY_S:
-            return
-        self._readers_seen_s = now
-        health = self._backend.health()
-        if health.problem != self._untidy:
-            self._untidy = health.problem
-            if health.problem:
-                log.warning("backend_untidy", backend=self._backend.name(), reason=health.problem, detail="it grows")
-            else:
-                log.info("backend_is_tidy", backend=self._backend.name())
-        if health.oldest_reader_lag > _PINNED_TRANSACTIONS:
-            log.warning(
-                "reader_pins_the_index",
-                reader_pid=health.oldest_reader_pid,
-                transactions_behind=health.oldest_reader_lag,
-                detail="no page that was freed since then can be used again: the file grows until this reader goes on",
-            )
-
-    def _reclaim(self) -> bool:
-        """One step, a smaller one where there is no room for that. Whether there is more to do."""
-        rows = self._options.reclaim_rows
-        while rows:
-            try:
-                more = self._backend.reclaim(rows)
-            except BackendFull:
-                rows //= 8
-            except BackendUnavailable as error:
-                self._cannot_write(error)
-                break
-            else:
-                if self._is_away:
-                    self._can_write()
-                return more
-        return False
-
-    def _cannot_write(self, error: BackendError) -> None:
-        if not self.full:
-            self.full_since_ms = now_ms()
-            log.error(f"backend_{error.problem}", backend=self._backend.name(), detail=str(error))
-        self.full = str(error)
-        self._is_away = isinstance(error, BackendUnavailable)
-
-    def _can_write(self) -> None:
-        event = "backend_is_back" if self._is_away else "backend_has_room"
-        log.info(event, backend=self._backend.name())
-        self.full, self._is_away = "", False
 
     def _make_room(self) -> None:
         """Apply the clears of the batch that finds no room, and reclaim.
@@ -209,9 +145,7 @@ class Writer(threading.Thread):
                 self._backend.apply(clears, cursors)
         except (BackendFull, BackendUnavailable):
             pass
-        for _ in range(_ROOM_STEPS):
-            if not self._reclaim():
-                break
+        self.upkeep.make_room()
 
     def _gather(self, items: list[Item]) -> None:
         for stream, what in items:
@@ -401,15 +335,14 @@ class Writer(threading.Thread):
                 result = self._backend.apply(self._operations, cursors)
             except (BackendFull, BackendUnavailable) as error:
                 self.counters.commit_errors += 1
-                self._cannot_write(error)
+                self.upkeep.cannot_write(error)
                 if self._abandon:
                     return None
                 if isinstance(error, BackendFull):
                     self._make_room()
                 time.sleep(_RETRY_FULL_S)
                 continue
-            if self.full:
-                self._can_write()
+            self.upkeep.can_write()
             return result
 
     def _count(self, result: ApplyResult) -> None:

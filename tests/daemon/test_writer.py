@@ -140,4 +140,4 @@ def test_a_full_store_is_cleared_first_and_the_stream_would_begin_again_if_that_
     cursor = backend.cursors()["w"]
     assert (cursor.seq, cursor.messages, cursor.blocks_stored) == (2, 3, 2)
     assert {one.key.block_hash for one in backend.snapshot()} == {(7).to_bytes(8, "big")}
-    assert writer.full == ""
+    assert writer.upkeep.problem == ""
