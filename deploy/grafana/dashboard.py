@@ -20,6 +20,8 @@ DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 DAEMON = 'instance=~"$instance"'
 STREAM = f'{DAEMON}, stream=~"$stream"'
 RATE = "$__rate_interval"
+BLOCKS = "count:blocks/s"
+"""A unit of our own, in Grafana's notation for one."""
 RUNBOOKS = "https://example.org/kvcensus/runbooks/"
 """Where the runbook pages are served; to be set in the dashboard."""
 TRUST_NUMBERS = ("fresh", "catching_up", "stale", "untrusted")
@@ -132,7 +134,7 @@ OVERVIEW = (
     Panel(
         "Blocks stored and removed",
         "Blocks of applied events.",
-        "blocks/s",
+        BLOCKS,
         (
             ("stored", f"sum(rate(kvcensus_stream_blocks_stored_total{{{DAEMON}}}[{RATE}]))"),
             ("removed", f"sum(rate(kvcensus_stream_blocks_removed_total{{{DAEMON}}}[{RATE}]))"),
@@ -141,7 +143,7 @@ OVERVIEW = (
     Panel(
         "Messages applied",
         "By daemon.",
-        "msg/s",
+        "mps",
         (("{{instance}}", rate("kvcensus_stream_applied_messages_total", DAEMON, "instance")),),
     ),
     Panel(
@@ -168,13 +170,13 @@ WORKERS = (
     Panel(
         "Blocks stored",
         "By worker.",
-        "blocks/s",
+        BLOCKS,
         (("{{stream}}", rate("kvcensus_stream_blocks_stored_total", STREAM, "stream")),),
     ),
     Panel(
         "Blocks removed",
         "By worker.",
-        "blocks/s",
+        BLOCKS,
         (("{{stream}}", rate("kvcensus_stream_blocks_removed_total", STREAM, "stream")),),
     ),
     Panel(
@@ -188,13 +190,13 @@ STREAMS = (
     Panel(
         "Messages received",
         "By stream.",
-        "msg/s",
+        "mps",
         (("{{stream}}", rate("kvcensus_stream_messages_total", STREAM, "stream")),),
     ),
     Panel(
         "Missing and given up",
         "Sequence numbers that were missing, and those that no replay brought. KvcensusReplayFailing",
-        "msg/s",
+        "mps",
         (
             ("missing", f"sum(rate(kvcensus_stream_missing_messages_total{{{STREAM}}}[{RATE}]))"),
             ("replayed", f"sum(rate(kvcensus_stream_replayed_messages_total{{{STREAM}}}[{RATE}]))"),
@@ -204,7 +206,7 @@ STREAMS = (
     Panel(
         "Refused",
         "Payloads and events that could not be read, by reason. KvcensusQuarantineGrowing",
-        "events/s",
+        "eps",
         (("{{reason}}", rate("kvcensus_stream_rejections_total", STREAM, "reason")),),
     ),
     Panel(
@@ -303,7 +305,7 @@ BUSES = (
     Panel(
         "Bus messages",
         "Received over NATS, by bus; 0 without one. KvcensusBusFailing",
-        "msg/s",
+        "mps",
         (("{{bus}}", f"{rate('kvcensus_bus_messages_total', DAEMON, 'bus')} or on() vector(0)"),),
     ),
     Panel(
@@ -369,18 +371,19 @@ def panel_json(panel: Panel, number: int, x: int, y: int, height: int) -> dict[s
     }
     if panel.most is not None:
         defaults["max"] = panel.most
+    legend = {"displayMode": "list", "placement": "bottom", "showLegend": True}
     options: dict[str, Any] = {}
     if panel.kind == "timeseries":
         stacking = {"mode": "normal" if panel.stacked else "none", "group": "A"}
         defaults["custom"] = {"fillOpacity": 30 if panel.stacked else 8, "lineWidth": 1, "stacking": stacking}
         options = {
-            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+            "legend": legend,
             "tooltip": {"mode": "multi", "sort": "desc"},
         }
     elif panel.kind == "stat":
         options = {"reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}, "colorMode": "value"}
     else:
-        options = {"showValue": "never", "rowHeight": 0.9, "legend": {"displayMode": "list", "placement": "bottom"}}
+        options = {"showValue": "never", "rowHeight": 0.9, "legend": legend}
     return {
         "id": number,
         "type": panel.kind,
@@ -431,7 +434,6 @@ def variable(name: str, label: str, query: str) -> dict[str, Any]:
         "type": "query",
         "datasource": DATASOURCE,
         "query": {"query": query, "refId": name},
-        "definition": query,
         "multi": True,
         "includeAll": True,
         "current": {"text": "All", "value": "$__all"},

@@ -25,11 +25,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from tests.deploy.grafana_stage import board, series, stage
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-NOTE = "drawn from the dashboard's queries, not by Grafana"
+NOTE = "drawn by this project from the dashboard's JSON and the answers of Prometheus, not by Grafana"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#999999")
 BACKGROUND, TILE, TEXT = "#ffffff", "#f6f7f9", "#1f2328"
 UNIT_WIDTH, UNIT_HEIGHT = 0.62, 0.36
-BYTES = ("bytes", "Bps")
+SCALES = {"bytes": (1024, ("B", "KiB", "MiB", "GiB", "TiB")), "Bps": (1000, ("B", "kB", "MB", "GB", "TB"))}
 DAY_S = 86400
 """matplotlib counts days."""
 
@@ -40,14 +40,15 @@ def shown(value: float, unit: str) -> str:
         return f"{100 * value:.0f} %"
     if unit == "s":
         return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
-    base, names = (1024, ("B", "KiB", "MiB", "GiB", "TiB")) if unit in BYTES else (1000, ("", "k", "M", "G"))
+    base, names = SCALES.get(unit, (1000, ("", "k", "M", "G")))
     step = 0
     while abs(value) >= base and step < len(names) - 1:
         value /= base
         step += 1
-    suffix = {"Bps": "/s", "blocks/s": " blocks/s", "msg/s": " msg/s", "events/s": " events/s", "ops": " ops/s"}
+    suffixes = {"Bps": "/s", "mps": " msg/s", "eps": " events/s", "ops": " ops/s", "reqps": " req/s"}
+    suffix = " " + unit.removeprefix("count:") if unit.startswith("count:") else suffixes.get(unit, "")
     number = f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    return f"{number} {names[step]}".strip() + {**suffix, "reqps": " req/s"}.get(unit, "")
+    return f"{number} {names[step]}".strip() + suffix
 
 
 def legend_of(template: str, labels: dict[str, str]) -> str:
