@@ -6,10 +6,12 @@ them with the alerts that each must raise.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from random import Random
 from subprocess import CalledProcessError
 from typing import Any
@@ -196,6 +198,37 @@ def map_fills(scene: Scene) -> Steps:
     yield
 
 
+def truncated(scene: Scene) -> Steps:
+    engine = scene.engine()
+    daemon = scene.daemon('[index]\non_corrupt = "rebuild"\n' + engine.source())
+    yield
+    assert daemon.terminate() == 0
+    os.truncate(daemon.directory / "data" / "index.mdb", 4096)
+    daemon.start()
+    yield
+    _restart(scene, daemon)
+    yield
+
+
+def snapshots_fail(scene: Scene) -> Steps:
+    engine = scene.engine(per_s=400, blocks=1024)
+    daemon = scene.daemon("[filesystem]\nsnapshot_after_bytes = 1048576\n" + engine.source(), backend="filesystem")
+    yield
+    killing = [True]
+
+    def kill_snapshots() -> None:
+        assert daemon.process is not None
+        for children in Path(f"/proc/{daemon.process.pid}/task").glob("*/children"):
+            for pid in children.read_text().split() if killing else ():
+                os.kill(int(pid), signal.SIGKILL)
+
+    scene.in_background(kill_snapshots, 0.02)
+    wait_for(lambda: daemon.metric("kvcensus_backend_untidy") == 1, "a snapshot has failed")
+    yield
+    killing.clear()
+    yield
+
+
 def reader_stays(scene: Scene) -> Steps:
     engine = scene.engine(per_s=100)
     daemon = scene.daemon("[writer]\ncommit_max_ms = 0\n" + engine.source())
@@ -352,6 +385,12 @@ CAUSES = (
         ("KvcensusBackendCannotWrite", "KvcensusQueueFull"),
         "a map of 2 MiB and a reader that pins it; restarted with a larger map",
         map_full,
+    ),
+    Cause(("KvcensusIndexBeganAnew",), "an index of which one page is left; started again", truncated),
+    Cause(
+        ("KvcensusIndexUntidy",),
+        "every process that makes a snapshot is killed with SIGKILL; none is",
+        snapshots_fail,
     ),
     Cause(("KvcensusMapNearlyFull",), "a map that is used by 45 %; restarted with a larger one", map_fills),
     Cause(("KvcensusReaderPinsIndex",), "a process keeps a read transaction open; ends it", reader_stays),
