@@ -5,15 +5,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvcensus.translators.hashes import HASHES_MAX
 from kvcensus.translators.translation import Rejection, RejectReason, Translation, TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 from kvcensus.translators.wire import EVENTS_MAX
 
-from ..captures_reader import load_capture
+from . import siblings
 from .wire_families import ARRAYS, CLEARED, MAPS, Family, removed, stored
 
 pack = msgspec.msgpack.encode
@@ -25,16 +23,8 @@ def translate(payload: bytes) -> Translation:
 
 
 def between_siblings(family: Family, event: Any) -> Rejection:
-    """The rejection of an event that stands between two good ones, of which nothing is lost."""
-    events = [family.event(stored([1, 2])), event, family.event(removed([2]))]
-    translation = translate(pack([1.5, events, 0]))
-    assert translation.operations == translate(family.batch([stored([1, 2]), removed([2])])).operations
-    assert (translation.stored_events, translation.removed_events) == (1, 1)
-    (rejection,) = translation.rejections
-    assert rejection.event == 1
-    assert rejection.raw == pack(event)
-    assert rejection.detail
-    return rejection
+    good = stored([1, 2]), removed([2])
+    return siblings.rejection_between(translate, [family.event(one) for one in good], event)
 
 
 @BOTH
@@ -175,95 +165,6 @@ def test_text_that_is_not_utf8_is_refused(field: bytes) -> None:
 def test_keys_nested_too_deeply_cost_the_payload_and_no_more() -> None:
     payload = MAPS.batch([stored(extra_keys=["deep"])]).replace(pack("deep"), b"\x91" * 200_000 + b"\x00")
     assert [rejection.reason for rejection in translate(payload).rejections] == [RejectReason.PAYLOAD]
-
-
-# Damage to real payloads
-
-REAL = [
-    message.payload
-    for name in ("vllm-0.9.2-clear", "vllm-0.12.0-byteshash", "vllm-0.32.0-swa", "vllm-0.32.0-lora")
-    for message in sorted(load_capture(name).messages, key=lambda message: len(message.payload))[40:70:3]
-]
-real = st.sampled_from(REAL)
-
-
-def accounted(payload: bytes) -> None:
-    """Each event of a payload that can be told apart is an operation or a rejection."""
-    translation = translate(payload)
-    try:
-        _, events, *_ = msgspec.msgpack.decode(payload, type=tuple[Any, list[msgspec.Raw], msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return
-    refused = {rejection.reason for rejection in translation.rejections if rejection.event is None}
-    if refused & {RejectReason.RANK, RejectReason.PAYLOAD} and not translation.operations:
-        return
-    of_events = [rejection for rejection in translation.rejections if rejection.event is not None]
-    assert len(translation.operations) + len(of_events) == len(events)
-
-
-@given(real, st.data())
-def test_flipped_bits_raise_nothing_and_lose_no_event(payload: bytes, data: st.DataObject) -> None:
-    damaged = bytearray(payload)
-    for place in data.draw(st.lists(st.integers(0, len(payload) * 8 - 1), min_size=1, max_size=4)):
-        damaged[place // 8] ^= 1 << place % 8
-    accounted(bytes(damaged))
-
-
-@given(real, st.data())
-def test_a_cut_payload_is_one_rejection(payload: bytes, data: st.DataObject) -> None:
-    translation = translate(payload[: data.draw(st.integers(0, len(payload) - 1))])
-    assert [rejection.reason for rejection in translation.rejections] == [RejectReason.PAYLOAD]
-    assert translation.operations == []
-
-
-@given(st.binary(max_size=60))
-def test_noise_raises_nothing(payload: bytes) -> None:
-    accounted(payload)
-    accounted(b"\x93\xcb" + bytes(8) + b"\x91" + payload + b"\x00")
-
-
-values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.text(max_size=4)
-    | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@given(real, values, st.data())
-def test_an_event_replaced_by_anything_leaves_its_siblings_alone(
-    payload: bytes, value: Any, data: st.DataObject
-) -> None:
-    ts, events, rank = msgspec.msgpack.decode(payload)
-    at = data.draw(st.integers(0, len(events)))
-    translator = VllmTranslator(TranslatorOptions("engine"))
-    whole = translator.translate(payload, 1)
-    damaged = translator.translate(pack([ts, [*events[:at], value, *events[at:]], rank]), 1)
-    assert damaged.operations == whole.operations
-    assert [rejection.event for rejection in damaged.rejections] == [at]
-
-
-@given(real, values, st.data())
-def test_a_field_replaced_by_anything_leaves_its_siblings_alone(
-    payload: bytes, value: Any, data: st.DataObject
-) -> None:
-    ts, events, rank = msgspec.msgpack.decode(payload)
-    at = data.draw(st.integers(0, len(events) - 1))
-    translator = VllmTranslator(TranslatorOptions("engine"))
-    whole = translator.translate(payload, 1)
-    event = events[at]
-    event[data.draw(st.sampled_from(list(event) if isinstance(event, dict) else range(len(event))))] = value
-    damaged = translator.translate(pack([ts, events, rank]), 1)
-    siblings = [*whole.operations[:at], *whole.operations[at + 1 :]]
-    if damaged.rejections:
-        assert [rejection.event for rejection in damaged.rejections] == [at]
-        assert damaged.operations == siblings
-    else:
-        assert [*damaged.operations[:at], *damaged.operations[at + 1 :]] == siblings
 
 
 def test_many_bad_events_cost_each_its_share() -> None:
