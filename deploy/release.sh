@@ -18,17 +18,8 @@ export SOURCE_DATE_EPOCH
 build() { # folder
     mkdir "$work/$1"
     git archive "$commit" | tar -x -C "$work/$1"
-    "$work/venv/bin/python" -m build --outdir "$work/$1/dist" "$work/$1" >"$work/$1.log" 2>&1 || { cat "$work/$1.log" >&2; exit 1; }
-    # setuptools leaves the time of the build in the sdist.
-    (
-        cd "$work/$1/dist"
-        tar -xzf "kvcensus-$version.tar.gz"
-        rm "kvcensus-$version.tar.gz"
-        tar --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
-            -cf "kvcensus-$version.tar" "kvcensus-$version"
-        gzip -n -9 "kvcensus-$version.tar"
-        rm -r "kvcensus-$version"
-    )
+    PYTHON="$work/venv/bin/python" sh "$work/$1/deploy/distributions.sh" "$work/$1" "$work/$1/dist" >"$work/$1.log" 2>&1 ||
+        { cat "$work/$1.log" >&2; exit 1; }
 }
 
 build first
