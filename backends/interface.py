@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from heapq import nsmallest
 from pathlib import Path
 
 from .errors import BackendCorrupt, BackendUnsupported
@@ -110,6 +111,18 @@ class IndexBackend(ABC):
     @abstractmethod
     def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
         """The residencies in `scope` whose parent is `prefix_hash`: the children of a block, or of `ROOT`."""
+
+    def first_children(self, scope: IdentityScope, prefix_hash: bytes, limit: int) -> tuple[list[CacheResidency], bool]:
+        """Those of `prefix_scan` that are of the first `limit` blocks by hash, and whether there are more blocks.
+
+        For a backend that finds children in the order of their hashes, to read no further than it has to.
+        """
+        found = self.prefix_scan(scope, prefix_hash)
+        hashes = {one.key.block_hash for one in found}
+        if len(hashes) <= limit:
+            return found, False
+        first = set(nsmallest(limit, hashes))
+        return [one for one in found if one.key.block_hash in first], True
 
     @abstractmethod
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:

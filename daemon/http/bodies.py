@@ -249,7 +249,7 @@ class ChildrenAnswer(msgspec.Struct, frozen=True):
     residencies: Annotated[
         list[TrustedResidency], Meta(description="One for each child, worker, tier and group that has it.")
     ]
-    left_out: Annotated[int, Meta(description="How many children, in blocks, the limit left out.")]
+    more: Annotated[bool, Meta(description="Whether there are children that the limit left out.")]
 
 
 class HeldGroup(msgspec.Struct, frozen=True):

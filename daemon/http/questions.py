@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from concurrent.futures import Executor
-from heapq import nsmallest
 from http import HTTPStatus
 
 from aiohttp import web
@@ -107,23 +106,18 @@ class Questions:
         parent = read_parent(prefix_hash, "prefix_hash")
 
         def scan() -> web.Response:
-            found, left_out = _first_blocks(self._view.backend.prefix_scan(scope.scope(), parent), limit)
-            return answer(request, ChildrenAnswer(self._residencies(found).residencies, left_out))
+            backend, more = self._view.backend, False
+            if limit is None:
+                found = backend.prefix_scan(scope.scope(), parent)
+            else:
+                found, more = backend.first_children(scope.scope(), parent, limit)
+            return answer(request, ChildrenAnswer(self._residencies(found).residencies, more))
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, scan)
 
     def _residencies(self, found: Iterable[CacheResidency]) -> ResidenciesAnswer:
         beliefs = Beliefs(self._view)
         return ResidenciesAnswer([_trusted(one, beliefs.of(one.worker_id)) for one in found])
-
-
-def _first_blocks(found: list[CacheResidency], limit: int | None) -> tuple[list[CacheResidency], int]:
-    """The residencies of the first `limit` blocks by hash, and how many blocks are left out."""
-    hashes = {one.key.block_hash for one in found}
-    if limit is None or len(hashes) <= limit:
-        return found, 0
-    first = set(nsmallest(limit, hashes))
-    return [one for one in found if one.key.block_hash in first], len(hashes) - limit
 
 
 def _trusted(residency: CacheResidency, belief: Belief) -> TrustedResidency:

@@ -453,6 +453,16 @@ def test_prefix_scan_of_root_gives_the_starts_of_chains(backend: IndexBackend) -
     assert hashes(backend.prefix_scan(SCOPE, ROOT)) == [A, C]
 
 
+def test_the_first_children_by_hash_and_whether_there_are_more(backend: IndexBackend) -> None:
+    backend.apply([store(one, parent=A) for one in (D, C, B)])
+    backend.apply([store(B, parent=A, worker="other"), store(A, parent=A, scope=LORA)])
+
+    for limit, first in ((1, [B, B]), (2, [B, B, C]), (3, [B, B, C, D]), (9, [B, B, C, D])):
+        found, more = backend.first_children(SCOPE, A, limit)
+        assert (hashes(found), more) == (first, limit < 3)
+    assert backend.first_children(SCOPE, ROOT, 1) == ([], False)
+
+
 def test_children_are_found_after_their_parent_has_gone(backend: IndexBackend) -> None:
     backend.apply([store(A, B, C)])
     backend.apply([store(D, parent=B)])

@@ -219,13 +219,14 @@ def test_children_of_a_block_and_of_the_root(client: Client, backend: IndexBacke
     assert children(name(3)) == set()
 
 
-def test_a_limit_of_children_leaves_out_whole_blocks_and_says_how_many(client: Client, backend: IndexBackend) -> None:
+def test_a_limit_of_children_leaves_out_whole_blocks_and_says_so(client: Client, backend: IndexBackend) -> None:
     backend.apply([chain(50, 1, "w"), chain(60, 1, "w"), chain(50, 1, "dp/1", rank=1)])
 
     answer = client.get("/v1/children?model_id=m&prefix_hash=root&limit=2").json
     held = [(one["block_hash"], one["worker_id"]) for one in answer["residencies"] if one["tier"] == "hbm"]
     assert sorted(held) == [(name(0), "dp/1"), (name(0), "w"), (name(50), "dp/1"), (name(50), "w")]
-    assert answer["left_out"] == 1
+    assert answer["more"] is True
     body = {"scope": {"model_id": "m"}, "prefix_hash": "root"}
-    assert client.post("/v1/children", body).json["left_out"] == 0
+    assert client.post("/v1/children", body).json["more"] is False
+    assert client.post("/v1/children", {**body, "limit": 3}).json["more"] is False
     assert client.post("/v1/children", {**body, "limit": 0}).error == (400, "invalid", "limit")

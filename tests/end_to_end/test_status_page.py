@@ -135,14 +135,13 @@ def test_a_chain_is_walked_with_the_keyboard_alone(tab: Tab, odd: View) -> None:
         tab.wait("#found h3", name(0))
 
 
-def test_of_many_chains_the_first_are_listed_and_the_others_counted(tab: Tab) -> None:
+def test_of_many_chains_the_first_are_listed(tab: Tab) -> None:
     backend = MemoryBackend()
     backend.apply([chain(10 * number, 1) for number in range(250)])
     with serving(View(backend, [status("w")])) as server:
         tab.open(server.port, "#root=&model=m&tokenizer=m&tenant=")
-        tab.wait("#found h4", "250 children")
+        tab.wait("#found h4", "The first 200 children by hash; there are more")
         assert tab.texts(".children a") == [name(10 * number) for number in range(200)]
-        assert "and 50 more" in tab.text("#found")
 
 
 def test_a_row_is_reached_opened_and_closed_with_the_keyboard_and_stays_through_a_look(tab: Tab, odd: View) -> None:

@@ -101,10 +101,10 @@ class Explorer {
   }
 
   async children(scope, hash) {
-    const { residencies, left_out } = await Daemon.get("/v1/children", { ...scope, prefix_hash: hash, limit: CHILDREN_MAX });
+    const { residencies, more } = await Daemon.get("/v1/children", { ...scope, prefix_hash: hash, limit: CHILDREN_MAX });
     const blocks = new Map();
     for (const one of residencies) blocks.set(one.block_hash, [...(blocks.get(one.block_hash) ?? []), one]);
-    return { blocks: [...blocks].sort(([one], [other]) => (one < other ? -1 : 1)), leftOut: left_out };
+    return { blocks: [...blocks].sort(([one], [other]) => (one < other ? -1 : 1)), more };
   }
 
   /** Some blocks above, the nearest last. */
@@ -126,13 +126,13 @@ class Explorer {
   }
 
   childList(children, scope) {
-    const { blocks, leftOut } = children;
-    const many = blocks.length + leftOut;
-    const title = element("h4", {}, many ? Words.many(many, "child", "children") : "No children");
+    const { blocks, more } = children;
+    const many = Words.many(blocks.length, "child", "children");
+    const title = element("h4", {}, blocks.length ? (more ? `The first ${many} by hash; there are more` : many) : "No children");
     const item = ([hash, held]) => element("li", {}, element("a", { href: target(hash, scope), "data-item": true, tabindex: "-1" }, element("code", {}, hash)),
       element("span", { class: "quiet" }, ` on ${Words.many(new Set(held.map((one) => one.worker_id)).size, "worker")}`));
     const list = element("ul", { class: "children links", "aria-label": "Children" }, ...blocks.map(item));
-    return [title, list, leftOut ? element("p", {}, `The first ${blocks.length} by hash, and ${Words.count(leftOut)} more.`) : null].filter((one) => one !== null);
+    return [title, list];
   }
 
   copyButton(text) {
