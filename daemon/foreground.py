@@ -11,6 +11,8 @@ from .service_manager import ServiceManager
 
 _WATCH_S = 0.5
 _STATUS_S = 5.0
+CLOSING_S = 30.0
+"""For what comes after a drain: the commit that runs, the end of HTTP, closing files."""
 
 
 class Running(Protocol):

@@ -59,9 +59,13 @@ class ServiceManager:
         """The configuration is being read again, until the next `ready`."""
         self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
-    def stopping(self) -> None:
-        """The end has begun."""
-        self._tell("STOPPING=1")
+    def extend(self, more_s: float) -> None:
+        """What we are at (a start, a stop) may take so long from now, if its timeout is over before."""
+        self._tell(_extension(more_s))
+
+    def stopping(self, within_s: float) -> None:
+        """The end has begun. It may take so long, whatever its timeout says."""
+        self._tell("STOPPING=1", _extension(within_s))
 
     def status(self, text: str) -> None:
         """One line on how it goes, for people."""
@@ -83,6 +87,10 @@ class ServiceManager:
                 to.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, address)
         except OSError as error:
             log.warning("service_manager_not_told", what=lines[0], error=str(error))
+
+
+def _extension(more_s: float) -> str:
+    return f"EXTEND_TIMEOUT_USEC={round(more_s * 1e6)}"
 
 
 def _watchdog_s(environ: Mapping[str, str]) -> float:

@@ -17,7 +17,7 @@ from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, 
 from ..collector import settle_collector
 from ..config import Config, ConfigError, SourceType, config_from_flags, load_config
 from ..config.endpoints import Endpoint, is_loopback
-from ..foreground import run_until
+from ..foreground import CLOSING_S, run_until
 from ..http.server import GuardedServer
 from ..logs import configure, get_logger
 from ..relay.http import make_app
@@ -139,6 +139,7 @@ async def _run(config: Config) -> int:
     """Relay until a signal. Returns the exit code."""
     stopping = asyncio.Event()
     manager = ServiceManager(os.environ)
+    drain_s = config.writer.drain_deadline_ms / 1000
     try:
         service = RelayService(config)
     except BackendError as error:
@@ -159,10 +160,10 @@ async def _run(config: Config) -> int:
         return EXIT_FAILURE
     finally:
         log.info("stopping")
-        manager.stopping()
+        manager.stopping(drain_s + CLOSING_S)
         if server is not None:
             await server.stop()
-        drained = await asyncio.to_thread(service.stop, config.writer.drain_deadline_ms / 1000)
+        drained = await asyncio.to_thread(service.stop, drain_s)
         log.info("stopped", all_published=drained)
     failure = service.failure()
     if isinstance(failure, BackendError):

@@ -17,9 +17,10 @@ from kvcensus.backends.registry import usable_backends
 
 from ..collector import settle_collector
 from ..config import EXIT_CONFIG, Config, ConfigError, config_from_flags, load_config
-from ..foreground import run_until
+from ..foreground import CLOSING_S, run_until
 from ..http.server import HttpServer
 from ..logs import configure, get_logger
+from ..long_start import long_start
 from ..service import Service
 from ..service_manager import ServiceManager
 
@@ -133,8 +134,10 @@ class _Daemon:
 
     async def run(self) -> int:
         """Returns the exit code."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
         try:
-            service = Service(self._config)
+            with long_start(self._manager):
+                service = Service(self._config)
         except BackendError as error:
             return _unusable(error)
         if service.backend.persistent():
@@ -144,8 +147,10 @@ class _Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload, service)
         server = None
+        drain_s = self._config.writer.drain_deadline_ms / 1000
         try:
-            service.start()
+            with long_start(self._manager):
+                service.start()
             settle_collector()
             server = await self._listen(service)
             log.info("started", pid=os.getpid(), backend=service.backend.name(), blocks=len(service.backend))
@@ -158,10 +163,10 @@ class _Daemon:
             return _unusable(error)
         finally:
             log.info("stopping")
-            self._manager.stopping()
+            self._manager.stopping(drain_s + CLOSING_S)
             if server is not None:
                 await server.stop()
-            drained = await asyncio.to_thread(service.stop, self._config.writer.drain_deadline_ms / 1000)
+            drained = await asyncio.to_thread(service.stop, drain_s)
             log.info("stopped", drained=drained)
         failure = service.failure()
         if isinstance(failure, BackendError):

@@ -32,12 +32,14 @@ def test_each_word_is_a_datagram_of_its_own(manager_socket: socket.socket) -> No
     manager.status("workers: 2 fresh")
     manager.status("workers: 2 fresh")
     manager.alive()
-    manager.stopping()
-    assert [heard(manager_socket) for _ in range(4)] == [
+    manager.extend(60)
+    manager.stopping(within_s=12.5)
+    assert [heard(manager_socket) for _ in range(5)] == [
         ["READY=1"],
         ["STATUS=workers: 2 fresh"],
         ["WATCHDOG=1"],
-        ["STOPPING=1"],
+        ["EXTEND_TIMEOUT_USEC=60000000"],
+        ["STOPPING=1", "EXTEND_TIMEOUT_USEC=12500000"],
     ]
 
 

@@ -29,6 +29,21 @@ WAIT_S = 60.0
 EXPOSURE_MAX = 1.5
 DAEMON = "kvcensus.service"
 WATCHDOG = "[Service]\nWatchdogSec=4s\n"
+SHORT_START = "[Service]\nTimeoutStartSec=8s\n"
+LARGE_INDEX = """
+import sys
+from pathlib import Path
+from kvcensus.backends.lmdb import LmdbBackend
+from kvcensus.backends.lmdb.files import SUSPECT_FILE
+from kvcensus.backends.model import ROOT, CacheTier, IdentityScope, StoreRun
+index = LmdbBackend(Path(sys.argv[1]))
+for first in range(1 << 40, (1 << 40) + 3_000_000, 10_000):
+    runs = [range(start, start + 50) for start in range(first, first + 10_000, 50)]
+    hashes = [tuple(number.to_bytes(8, "big") for number in run) for run in runs]
+    index.apply([StoreRun("old", None, IdentityScope("m", "t"), CacheTier.HBM, one, ROOT, 0, 16, 0) for one in hashes])
+index.close()
+Path(sys.argv[1], SUSPECT_FILE).write_text("the drill")
+"""
 SECRET = "[Service]\nLoadCredential=tokens:/etc/kvcensus/secrets/tokens\n"
 
 
@@ -205,6 +220,23 @@ def watchdog_bites(one: Machine) -> None:
     told("a stopped process: ended by the watchdog, started again")
 
 
+def starts_for_long(one: Machine) -> None:
+    """Three million blocks of an index that is suspected, and a time for starts that is not enough."""
+    one.run("systemctl", "stop", DAEMON)
+    data = "/var/lib/private/kvcensus"
+    one.run("/opt/kvcensus/bin/python", "-c", LARGE_INDEX, data)
+    one.run("chown", "-R", f"--reference={data}", data)
+    one.drop_in("start", SHORT_START)
+    began_s = time.monotonic()
+    one.run("systemctl", "start", DAEMON)
+    took_s = time.monotonic() - began_s
+    if took_s < 10:
+        raise SystemExit(f"the start took {took_s:.1f} s: that was not long enough to show anything")
+    expect("starts", one.show(DAEMON, "NRestarts"), "0")
+    told(f"a start of {took_s:.0f} s, with TimeoutStartSec=8s: more time was asked for and given")
+    one.drop_in("start", "")
+
+
 def reads_its_secrets(one: Machine, ranks: list[dict[str, Any]]) -> None:
     one.write("/etc/kvcensus/secrets/tokens", "0123456789abcdef0123456789abcdef\n")
     one.run("chmod", "-R", "go=", "/etc/kvcensus/secrets")
@@ -269,6 +301,7 @@ def main() -> None:
         reloads(one, ranks)
         survives_kills(one)
         watchdog_bites(one)
+        starts_for_long(one)
         reads_its_secrets(one, ranks)
         says_what_is_wrong(one)
         other_units(one, ranks)

@@ -61,7 +61,8 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
 
 def test_a_daemon_tells_its_whole_life(manager: Manager, tmp_path: Path) -> None:
     config = tmp_path / "kvcensus.toml"
-    config.write_text("[[sources]]\nname = 'gpu'\nendpoint = 'tcp://127.0.0.1:9'\n")
+    source = "[[sources]]\nname = 'gpu'\nendpoint = 'tcp://127.0.0.1:9'\n"
+    config.write_text(f"[writer]\ndrain_deadline_ms = 60000\n{source}")
     with DaemonProcess(tmp_path, "--config", str(config)) as daemon:
         manager.hears_line("READY=1")
         (status,) = manager.hears(lambda lines: lines[0].startswith("STATUS="), "a status")
@@ -79,7 +80,8 @@ def test_a_daemon_tells_its_whole_life(manager: Manager, tmp_path: Path) -> None
         manager.hears_line("READY=1")
 
         assert daemon.terminate() == 0
-        manager.hears_line("STOPPING=1")
+        stopping = manager.hears(lambda lines: lines[0] == "STOPPING=1", "the end begins")
+        assert stopping[1] == "EXTEND_TIMEOUT_USEC=90000000", "the drain, and half a minute"
 
 
 def test_a_writer_that_is_stuck_lets_the_watchdog_bite(manager: Manager, tmp_path: Path) -> None:
