@@ -63,7 +63,9 @@ _STALL = "Write stall"
 _STALL_POLL_S = 0.005
 _STALL_S = 30.0
 """A disk that takes so long to write or merge some files is as good as full: the caller comes again."""
-_OWN_RECOVERY_S = 12.0
+_OWN_RECOVERY_S = 8.0
+_ROOM_TO_OPEN_BYTES = 4 << 20
+"""For what an opening writes beside the records that only the log has: a manifest, an information log."""
 _BUSY = ("lock hold by current process", "While lock file", "Resource temporarily unavailable")
 _UNKNOWN_FORMAT = ("Unknown Footer version", "unsupported format", "Unsupported compression", "Could not load options")
 
@@ -345,7 +347,8 @@ class Store:
         It does within some 5 s as a rule, but not always where only its log had no room.
         """
         now = time.monotonic()
-        if shutil.disk_usage(self._path).free < 2 * self._resources.write_buffer_bytes:
+        in_log_alone = self.number("cur-size-all-mem-tables")
+        if shutil.disk_usage(self._path).free < 2 * in_log_alone + _ROOM_TO_OPEN_BYTES:
             self._room_since_s = None
             return False
         if self._room_since_s is None:

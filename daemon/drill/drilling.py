@@ -21,6 +21,8 @@ from .plan import make_plan
 from .stage import Result, Stage
 from .target import make_target
 
+_WITHOUT_FILES = {"memory", "valkey"}
+
 
 class Order(msgspec.Struct, frozen=True):
     """What to drill. `base` without sources: engines and sources of our own. `deadline_s` is for catching up."""
@@ -49,8 +51,11 @@ class Summary(msgspec.Struct, frozen=True):
 def impossible(base: Config, faults: Sequence[Fault], backend: str | None) -> dict[Fault, str]:
     """Which of the faults cannot be injected here, or would prove nothing, and why."""
     reasons: dict[Fault, str] = {}
-    if (base.backend if backend is None else backend) == "memory":
-        reasons |= dict.fromkeys((Fault.FULL_MAP, Fault.FULL_DISK), "the memory backend has no file")
+    backend = backend or base.backend
+    if backend != "lmdb":
+        reasons[Fault.FULL_MAP] = f"the {backend} backend does not map its index"
+    if backend in _WITHOUT_FILES:
+        reasons[Fault.FULL_DISK] = f"the {backend} backend has no file"
     if any(source.on_hole is OnHole.TOLERATE for source in base.sources):
         reasons[Fault.UNPUBLISHED] = "a source tolerates holes, so it believes what cannot be known"
     with tempfile.TemporaryDirectory(prefix="kvcensus-drill-") as place:

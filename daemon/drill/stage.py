@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
@@ -314,7 +315,7 @@ class Stage:
             self.daemon.start()
         self.daemon.wait_until_it_answers()
         with full_disk(self._data_dir):
-            with pinned_index(self._data_dir):
+            with pinned_index(self._data_dir) if self._target.config.backend == "lmdb" else nullcontext():
                 self._publish_until_full(part, step)
             if not step.wait:
                 self.daemon.kill()

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +406,18 @@ def fill(backend: RocksdbBackend) -> int:
     raise AssertionError("the disk is not small")
 
 
+def wait_for_room(backend: RocksdbBackend, number: int) -> None:
+    """Try to store a block in this batch until there is room."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            backend.apply([store(A)], [Cursor("s", 0, number)])
+            return
+        except BackendFull:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
 ROOM = {"in the log alone": 32 << 20, "in the log and the files": 1 << 20}
 
 
@@ -421,20 +434,27 @@ def test_a_full_disk_changes_nothing_and_is_survived(small_disk: Path, write_buf
     assert backend.find(A) == []
 
     subprocess.run(["mount", "-o", "remount,size=128m", str(small_disk)], check=True)
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            backend.apply([store(A)], [Cursor("s", 0, applied)])
-            break
-        except BackendFull:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    wait_for_room(backend, applied)
     assert len(list(backend.snapshot())) == applied * 256 + 1
     backend.close()
 
     backend = RocksdbBackend(small_disk)
     assert len(backend) == len(list(backend.snapshot())) == applied * 256 + 1
     assert backend.cursors()["s"].seq == applied
+    backend.close()
+
+
+def test_a_small_index_goes_on_in_less_room_than_it_may_grow_to(small_disk: Path) -> None:
+    """Somebody else filled the disk, and left only some MiB when they went."""
+    backend = RocksdbBackend(small_disk)
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)) == 4096:
+            pass
+    applied = fill(backend)
+    ballast.unlink()
+    wait_for_room(backend, applied)
+    assert len(backend) == len(list(backend.snapshot())) == applied * 256 + 1
     backend.close()
 
 

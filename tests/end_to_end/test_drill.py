@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kvcensus.daemon.recording import Recording
+
+from ..valkey_servers import why_untested
 
 
 def drill(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -34,6 +38,20 @@ def test_after_faults_that_leave_the_ring_whole_every_worker_is_equal(tmp_path: 
     )
     assert code == 0, report["drills"]
     assert report["summary"]["workers"] == {"equal": 6, "untrusted": 0, "behind": 0, "diverged": 0}
+
+
+@pytest.mark.parametrize("backend", ["filesystem", "rocksdb", "holt", "memory"])
+def test_every_backend_is_drilled_by_what_can_happen_to_it(tmp_path: Path, backend: str) -> None:
+    if missing := why_untested(backend):
+        pytest.skip(missing)
+    faults = "kill,term,restart,full-map,full-disk"
+    code, report = drill(tmp_path, "--seed", "7", "--faults", faults, "--messages", "150", "--backend", backend)
+    assert code == 0, report["drills"]
+    assert report["summary"]["workers"]["equal"] == 3
+    assert "full-map" in report["skipped"]
+    assert ("full-disk" in report["summary"]["injected"]) is ("full-disk" not in report["skipped"])
+    if backend == "memory":
+        assert report["skipped"]["full-disk"] == "the memory backend has no file"
 
 
 def test_a_configuration_of_the_user_is_drilled_under_its_own_names(tmp_path: Path) -> None:
