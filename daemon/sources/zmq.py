@@ -62,6 +62,8 @@ class ZmqIntake(threading.Thread):
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, _Link] = {}
         self._buses: dict[str, BusLink] = {}
+        self._wanted: dict[str, FollowedStream | BusSource] = {}
+        """What is followed, also while its endpoint cannot be used."""
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
         self._out: list[Item] = []
@@ -70,11 +72,11 @@ class ZmqIntake(threading.Thread):
 
     def add(self, stream: FollowedStream, options: ZmqOptions) -> None:
         """Follow a stream. An endpoint that cannot be used is logged and tried again until it can."""
-        self._commands.put(lambda: self._open(stream, options))
+        self._commands.put(lambda: self._want(stream.stream, stream, lambda: self._open(stream, options)))
 
     def add_bus(self, bus: BusSource, options: ZmqOptions) -> None:
         """Follow a bus: an endpoint that brings messages of workers by their own word."""
-        self._commands.put(lambda: self._open_bus(bus, options))
+        self._commands.put(lambda: self._want(bus.name, bus, lambda: self._open_bus(bus, options)))
 
     def remove_bus(self, bus: BusSource, *, retire: bool, committed: Barrier) -> None:
         """Stop following a bus; `retire` also drops its workers. `committed` is queued behind all of it."""
@@ -150,11 +152,15 @@ class ZmqIntake(threading.Thread):
         with suppress(Empty):
             self._commands.get(timeout=_POLL_MS / 1000)()
 
+    def _want(self, name: str, what: FollowedStream | BusSource, open_it: Callable[[], None]) -> None:
+        self._wanted[name] = what
+        open_it()
+
     def _open(self, stream: FollowedStream, options: ZmqOptions) -> None:
         try:
             self._links[stream.stream] = _Link(self._context, stream, options)
         except (zmq.ZMQError, CredentialError) as error:
-            self._try_later(stream.stream, options, error, lambda: self.add(stream, options))
+            self._try_later(stream.stream, options, error, lambda: self._open(stream, options))
             return
         log.info("stream_opened", source=stream.source, stream=stream.stream, endpoint=options.endpoint)
 
@@ -163,18 +169,25 @@ class ZmqIntake(threading.Thread):
             self._buses[bus.name] = BusLink(self._context, bus, options)
         except (zmq.ZMQError, CredentialError) as error:
             bus.fail(str(error))
-            self._try_later(bus.name, options, error, lambda: self.add_bus(bus, options))
+            self._try_later(bus.name, options, error, lambda: self._open_bus(bus, options))
             return
         log.info("bus_opened", bus=bus.name, endpoint=options.endpoint)
 
-    @staticmethod
-    def _try_later(name: str, options: ZmqOptions, error: Exception, again: Callable[[], None]) -> None:
+    def _try_later(self, name: str, options: ZmqOptions, error: Exception, again: Callable[[], None]) -> None:
+        """Unless it was removed, or replaced, until then."""
         log.error("endpoint_unusable", stream=name, endpoint=options.endpoint, error=str(error))
-        timer = threading.Timer(options.reconnect_max_ms / 1000, again)
+        wanted = self._wanted[name]
+
+        def try_again() -> None:
+            if self._wanted.get(name) is wanted:
+                again()
+
+        timer = threading.Timer(options.reconnect_max_ms / 1000, self._commands.put, (try_again,))
         timer.daemon = True
         timer.start()
 
     def _close_bus(self, bus: BusSource, retire: bool, committed: Barrier) -> None:
+        self._wanted.pop(bus.name, None)
         link = self._buses.pop(bus.name, None)
         if link is not None:
             link.close()
@@ -184,12 +197,12 @@ class ZmqIntake(threading.Thread):
         self._flush()
 
     def _close(self, name: str, retire: bool) -> None:
+        stream = self._wanted.pop(name, None)
         link = self._links.pop(name, None)
-        if link is None:
-            return
-        link.close()
-        if retire:
-            self._out.append((link.stream, Retire()))
+        if link is not None:
+            link.close()
+        if retire and isinstance(stream, FollowedStream):
+            self._out.append((stream, Retire()))
         self._flush()
 
     def _read_monitor(self, link: _Link, now: int) -> None:
