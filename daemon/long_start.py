@@ -83,7 +83,7 @@ def _ask(manager: ServiceManager, ended: threading.Event, every_s: float, work: 
     asked = True
     while not ended.wait(every_s):
         now_s = time.monotonic()
-        manager.status(f"starting for {now_s - began_s:.0f} s: the index is opened")
+        manager.status(f"starting for {now_s - began_s:.0f} s: reading what is stored")
         before, asked = asked, earned.is_earned(now_s, work())
         if asked:
             manager.extend(EXTENSION_S)

@@ -35,6 +35,7 @@ from .sources.zmq import ZmqIntake
 from .sources.zmq_sockets import options_of
 from .status import BusFigures, Readiness, StreamCounters, StreamStatus, Trust
 from .streams.bus import BusLimits
+from .threads import join_if_started
 from .writer import Writer, WriterOptions
 
 NOT_REACHED_YET = "not reached yet"
@@ -192,10 +193,10 @@ class Service:
         ends = time.monotonic() + deadline_s
         self._intake.stop()
         self._nats.stop()
-        self._intake.join(max(0.1, ends - time.monotonic()))
-        self._nats.join(max(0.1, ends - time.monotonic()))
+        join_if_started(self._intake, max(0.1, ends - time.monotonic()))
+        join_if_started(self._nats, max(0.1, ends - time.monotonic()))
         self._queue.close()
-        self._writer.join(max(0.1, ends - time.monotonic()))
+        join_if_started(self._writer, max(0.1, ends - time.monotonic()))
         drained = not self._writer.is_alive()
         if not drained:
             self._writer.abandon()

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -20,8 +20,10 @@ from ..config.endpoints import Endpoint, is_loopback
 from ..foreground import CLOSING_S, run_until
 from ..http.server import GuardedServer
 from ..logs import configure, get_logger
+from ..long_start import long_start
 from ..relay.http import make_app
 from ..relay.service import RelayService
+from ..reloads import ignore_hangups, reloads
 from ..service_manager import ServiceManager
 from .ending import EXIT_BUSY, EXIT_CONFIG, EXIT_DATA
 
@@ -73,7 +75,8 @@ def relay(
         raise click.UsageError("--nats goes with --engine; a file names its servers in [relay.connection]")
     flags = {"stream": stream, "create_stream": create_stream, "spool_dir": spool_dir}
     section: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
-    try:
+
+    def load() -> Config:
         if path is not None:
             overrides = {f"relay.{key}": value for key, value in section.items()}
             config = load_config(path, os.environ, overrides | ({"http.listen": listen} if listen is not None else {}))
@@ -92,13 +95,17 @@ def relay(
                 relay=section | ({"connection": {"servers": servers}} if servers else {}),
             )
         _check(config, path)
+        return config
+
+    try:
+        config = load()
     except ConfigError as error:
         click.echo(f"kvcensus: {error}", err=True)
         sys.exit(EXIT_CONFIG)
     configure(config.log.level, config.log.format)
     for warning in _warnings(config):
         log.warning("configuration", detail=warning)
-    sys.exit(asyncio.run(_run(config)))
+    sys.exit(asyncio.run(_run(config, load if path is not None else None)))
 
 
 def _default_workers(engines: Sequence[str]) -> tuple[str, ...]:
@@ -135,13 +142,15 @@ def _warnings(config: Config) -> list[str]:
     return config.http.warnings() + config.relay.connection.warnings() + sources + unheard
 
 
-async def _run(config: Config) -> int:
-    """Relay until a signal. Returns the exit code."""
+async def _run(config: Config, load: Callable[[], Config] | None) -> int:
+    """Relay until a signal; `load` reads the configuration again. Returns the exit code."""
+    ignore_hangups()
     stopping = asyncio.Event()
     manager = ServiceManager(os.environ)
     drain_s = config.writer.drain_deadline_ms / 1000
     try:
-        service = RelayService(config)
+        with long_start(manager):
+            service = RelayService(config)
     except BackendError as error:
         return _unusable(error)
     loop = asyncio.get_running_loop()
@@ -151,13 +160,15 @@ async def _run(config: Config) -> int:
     try:
         service.start()
         settle_collector()
-        server = await _listen(service, config)
+        try:
+            server = await _listen(service, config)
+        except OSError as error:
+            log.critical("cannot_listen", listen=config.http.listen, detail=str(error))
+            return EXIT_FAILURE
         log.info("started", pid=os.getpid(), streams=len(service.streams))
-        manager.ready()
-        await run_until(stopping, service, manager)
-    except OSError as error:
-        log.critical("cannot_listen", listen=config.http.listen, detail=str(error))
-        return EXIT_FAILURE
+        async with reloads(manager, load, lambda config: service.reload(config, stopping.is_set)):
+            manager.ready()
+            await run_until(stopping, service, manager)
     finally:
         log.info("stopping")
         manager.stopping(drain_s + CLOSING_S)

@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -21,6 +22,7 @@ from ..foreground import CLOSING_S, run_until
 from ..http.server import HttpServer
 from ..logs import configure, get_logger
 from ..long_start import long_start
+from ..reloads import ignore_hangups, reloads
 from ..service import Service
 from ..service_manager import ServiceManager
 
@@ -126,15 +128,16 @@ def _note_fatal_signals(data_dir: Path) -> None:
 class _Daemon:
     """The event loop of `run`: signals, HTTP, and watching the threads of the service."""
 
-    def __init__(self, config: Config, reload_config: object) -> None:
+    def __init__(self, config: Config, load: Callable[[], Config] | None) -> None:
+        """`load` reads the configuration again; None for one that is not in a file."""
         self._config = config
-        self._reload_config = reload_config
+        self._load = load
         self._stop = asyncio.Event()
         self._manager = ServiceManager(os.environ)
 
     async def run(self) -> int:
         """Returns the exit code."""
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+        ignore_hangups()
         try:
             with long_start(self._manager):
                 service = Service(self._config)
@@ -145,20 +148,21 @@ class _Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload, service)
         server = None
         drain_s = self._config.writer.drain_deadline_ms / 1000
         try:
             with long_start(self._manager):
                 service.start()
             settle_collector()
-            server = await self._listen(service)
+            try:
+                server = await self._listen(service)
+            except OSError as error:
+                log.critical("cannot_listen", listen=self._config.http.listen, detail=str(error))
+                return EXIT_FAILURE
             log.info("started", pid=os.getpid(), backend=service.backend.name(), blocks=len(service.backend))
-            self._manager.ready()
-            await run_until(self._stop, service, self._manager)
-        except OSError as error:
-            log.critical("cannot_listen", listen=self._config.http.listen, detail=str(error))
-            return EXIT_FAILURE
+            async with reloads(self._manager, self._load, service.reload):
+                self._manager.ready()
+                await run_until(self._stop, service, self._manager)
         except BackendError as error:
             return _unusable(error)
         finally:
@@ -181,23 +185,3 @@ class _Daemon:
         host, port = await server.start(*address)
         log.info("http_listening", host=host, port=port)
         return server
-
-    def _reload(self, service: Service) -> None:
-        self._manager.reloading()
-        if not callable(self._reload_config):
-            log.warning("reload_ignored", reason="started from flags, there is no file to read")
-            self._manager.ready()
-            return
-        try:
-            config = self._reload_config()
-        except ConfigError as error:
-            log.error("reload_refused", detail=str(error))
-            self._manager.ready()
-            return
-        asyncio.get_running_loop().run_in_executor(None, self._reload_into, service, config)
-
-    def _reload_into(self, service: Service, config: Config) -> None:
-        needs_restart = service.reload(config)
-        log.info("reloaded", sources=len(config.sources), needs_restart=needs_restart)
-        self._config = config
-        self._manager.ready()

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import NamedTuple
 
 import msgspec
 from nats.aio.msg import Msg
@@ -54,6 +55,13 @@ class PublisherOptions(msgspec.Struct, frozen=True):
     heartbeat_ms: int
 
 
+class Way(NamedTuple):
+    """How to come to the servers."""
+
+    connector: NatsConnector
+    backoff: Backoff
+
+
 class _ApiError(msgspec.Struct):
     code: int = 0
     err_code: int = 0
@@ -78,8 +86,7 @@ class Publisher(threading.Thread):
         streams: Mapping[str, SpooledStream],
         envelopes: Envelopes,
         stream: RelayStream,
-        connector: NatsConnector,
-        backoff: Backoff,
+        way: Way,
         options: PublisherOptions,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
@@ -88,8 +95,7 @@ class Publisher(threading.Thread):
         self._streams = streams
         self._envelopes = envelopes
         self._stream = stream
-        self._connector = connector
-        self._backoff = backoff
+        self._way = self._used = way
         self._options = options
         self._window = Window(options.window, _WINDOW_BYTES, options.ack_timeout_ms)
         self._published = spool.published()
@@ -113,6 +119,19 @@ class Publisher(threading.Thread):
             with suppress(RuntimeError):  # The loop has just ended.
                 self._loop.call_soon_threadsafe(self._woken.set)
 
+    def follow(self, streams: Mapping[str, SpooledStream]) -> None:
+        """Give signs of life of these from now on. Called from any thread."""
+        self._streams = streams
+
+    def connect_by(self, way: Way) -> None:
+        """Leave the connection, and go on over another one. Called from any thread."""
+        self._way = way
+        self.wake()
+
+    @property
+    def _leaves(self) -> bool:
+        return self._way is not self._used
+
     def finish(self, deadline_s: float) -> None:
         """Publish what is spooled and end, after `deadline_s` at the latest; at once without a connection."""
         self._finish_at_s = time.monotonic() + deadline_s
@@ -133,8 +152,9 @@ class Publisher(threading.Thread):
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         while self._finish_at_s is None:
+            self._used = self._way
             try:
-                connection = await self._connector.connect()
+                connection = await self._used.connector.connect()
                 self.counters.connections += 1
                 self.counters.connected = 1
                 try:
@@ -149,8 +169,8 @@ class Publisher(threading.Thread):
 
     async def _pause(self) -> None:
         """Wait before the next attempt, unless there is nothing to wait for any more."""
-        ends_s = time.monotonic() + self._backoff.next_s()
-        while self._finish_at_s is None and (left_s := ends_s - time.monotonic()) > 0:
+        ends_s = time.monotonic() + self._used.backoff.next_s()
+        while self._finish_at_s is None and not self._leaves and (left_s := ends_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, _LOOK_S))
 
     async def _use(self, connection: NatsConnection) -> None:
@@ -166,7 +186,7 @@ class Publisher(threading.Thread):
             await self._publish_while_connected(connection, inbox)
             self._hand_over()
             if not connection.is_lost:
-                await self._beat(connection, leaving=True)
+                await self._beat(connection, leaving=self._finish_at_s is not None)
                 await connection.client.flush(_GOODBYE_S)
         except (NatsError, OSError) as error:
             raise NatsProblem(connection.why_lost() if connection.is_lost else repr(error)) from error
@@ -181,7 +201,7 @@ class Publisher(threading.Thread):
         self._window.one_by_one = not safe
 
     async def _publish_while_connected(self, connection: NatsConnection, inbox: str) -> None:
-        while not self._is_done():
+        while not self._is_done() and not self._leaves:
             if connection.is_lost:
                 raise NatsProblem(connection.why_lost())
             self._woken.clear()
@@ -291,7 +311,7 @@ class Publisher(threading.Thread):
             self._too_large.discard(done.key)
             if stream := self._streams.get(done.stream):
                 stream.counters.acknowledged += 1
-        self._backoff.reset()
+        self._used.backoff.reset()
         self._settle()
         self._woken.set()
 

@@ -75,6 +75,10 @@ class Spooler(threading.Thread):
         """The bus has every record up to number `through`. Called by the publisher, which gives its map away."""
         self._acknowledged = (through, published)
 
+    def follow(self, streams: Mapping[str, SpooledStream]) -> None:
+        """These are the streams from now on. Nothing that others brought may be queued any more."""
+        self._streams = streams
+
     def abandon(self) -> None:
         """Stop waiting for room: the deadline of a shutdown has passed."""
         self._abandon = True

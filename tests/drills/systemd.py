@@ -285,9 +285,13 @@ def other_units(one: Machine, ranks: list[dict[str, Any]]) -> None:
         one.run("systemctl", "start", unit)
         expect(f"{unit} after the start", one.show(unit, "ActiveState"), "active")
         expect(f"{unit} answers", answers(port), True)
+        one.run("systemctl", "reload", unit)
+        wait_until(lambda unit=unit: '"reloaded"' in one.run("journalctl", "-u", unit, "-o", "cat"), "it has reloaded")  # type: ignore[misc]
+        expect(f"{unit} answers after a reload", answers(port), True)
+        expect(f"{unit} after a reload", one.show(unit, "NRestarts"), "0")
         one.run("systemctl", "stop", unit)
         expect(f"{unit} after the stop", one.show(unit, "Result"), "success")
-    told("an instance of the template, and a relay without its bus: started and stopped")
+    told("an instance of the template, and a relay without its bus: started, reloaded and stopped")
 
 
 def main() -> None:

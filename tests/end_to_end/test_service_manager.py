@@ -107,5 +107,9 @@ def test_a_relay_without_a_bus_is_started_and_alive(manager: Manager, tmp_path: 
         manager.hears_line("READY=1")
         manager.hears(lambda lines: lines[0].startswith("STATUS=1 streams; "), "a status")
         manager.hears_line("WATCHDOG=1")
+        assert relay.process is not None
+        relay.process.send_signal(signal.SIGHUP)
+        manager.hears_line("RELOADING=1")
+        manager.hears_line("READY=1")
         assert relay.terminate() == 0
         manager.hears_line("STOPPING=1")
