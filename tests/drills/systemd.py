@@ -44,6 +44,16 @@ for first in range(1 << 40, (1 << 40) + 3_000_000, 10_000):
 index.close()
 Path(sys.argv[1], SUSPECT_FILE).write_text("the drill")
 """
+SHORT_STOP = "[Service]\nTimeoutStopSec=2s\n"
+HOLD_INDEX = """
+import sys, time
+from pathlib import Path
+import lmdb
+index = lmdb.open(sys.argv[1], subdir=False, max_dbs=16)
+with index.begin(write=True):
+    Path("/run/held").touch()
+    time.sleep(6)
+"""
 SECRET = "[Service]\nLoadCredential=tokens:/etc/kvcensus/secrets/tokens\n"
 
 
@@ -237,6 +247,22 @@ def starts_for_long(one: Machine) -> None:
     one.drop_in("start", "")
 
 
+def stops_for_long(one: Machine) -> None:
+    """What is queued cannot be written for six seconds, and a time for stops that is not enough."""
+    one.drop_in("stop", SHORT_STOP)
+    index = "/var/lib/private/kvcensus/index.mdb"
+    one.run("systemd-run", "--quiet", "/opt/kvcensus/bin/python", "-c", HOLD_INDEX, index)
+    wait_until(lambda: one.run("ls", "/run/held", check=False) != "", "somebody else has the index")
+    began_s = time.monotonic()
+    one.run("systemctl", "stop", DAEMON)
+    took_s = time.monotonic() - began_s
+    expect("after a long stop", one.show(DAEMON, "Result"), "success")
+    if took_s < 3:
+        raise SystemExit(f"the stop took {took_s:.1f} s: that was not long enough to show anything")
+    told(f"a stop of {took_s:.0f} s, with TimeoutStopSec=2s: what was queued is committed")
+    one.drop_in("stop", "")
+
+
 def reads_its_secrets(one: Machine, ranks: list[dict[str, Any]]) -> None:
     one.write("/etc/kvcensus/secrets/tokens", "0123456789abcdef0123456789abcdef\n")
     one.run("chmod", "-R", "go=", "/etc/kvcensus/secrets")
@@ -306,6 +332,7 @@ def main() -> None:
         survives_kills(one)
         watchdog_bites(one)
         starts_for_long(one)
+        stops_for_long(one)
         reads_its_secrets(one, ranks)
         says_what_is_wrong(one)
         other_units(one, ranks)

@@ -103,6 +103,7 @@ def test_a_source_that_is_changed_under_load_loses_and_doubles_nothing(tmp_path:
                 relay.reload()
             publishing.join()
             relay.wait_published_of("w", len(sent) - 1)
+            assert relay.metric("kvcensus_relay_duplicate_acknowledgements_total") == 0
             assert relay.terminate() == 0
     deliveries = stored(server)
     follower = Follower(deliveries)

@@ -36,6 +36,8 @@ SPOOL = "daemon/relay/spool.py"
 SPOOLING = "tests/daemon/test_relay_spool.py"
 WINDOW = "daemon/relay/window.py"
 AWAITING = "tests/daemon/test_relay_window.py"
+RELOADING = "tests/end_to_end/test_relay_reload.py"
+STARTING = "tests/daemon/test_long_start.py"
 
 MUTANTS = (
     Mutant(
@@ -124,6 +126,21 @@ MUTANTS = (
         "",
         AWAITING,
     ),
+    Mutant(
+        "a reload does not wait until what a changed stream brought is spooled",
+        "daemon/relay/service.py",
+        "if left and not self._settle(self.streams[left[0]], ended):",
+        "if False:",
+        f"{RELOADING}::test_a_source_that_is_changed_under_load_loses_and_doubles_nothing",
+    ),
+    Mutant(
+        "a start that stands still asks for more time",
+        "daemon/long_start.py",
+        "work.processor_s - before.processor_s > waited_s * _IDLE_SHARE",
+        "True",
+        STARTING,
+    ),
+    Mutant("a start asks for more time for ever", "daemon/long_start.py", "now_s < self._ends_s and ", "", STARTING),
 )
 
 
