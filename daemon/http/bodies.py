@@ -37,6 +37,7 @@ HashInHex = Annotated[str, Meta(description="A block hash in hex.")]
 ModelId = Annotated[str, Meta(description="The model of the scope.")]
 TokenizerAsked = Annotated[str | None, Meta(description="The tokenizer of the scope; null: the same as `model_id`.")]
 AdapterAsked = Annotated[str | None, Meta(description='The adapter of the scope. Null is none: neither "" nor any.')]
+TenantAsked = Annotated[str | None, Meta(description='The tenant of the scope; null: "", which is none.')]
 GroupAsked = Annotated[
     Annotated[int, Meta(ge=0)] | None, Meta(description="Only residencies of this KV-cache group; null: of every one.")
 ]
@@ -98,9 +99,6 @@ class ChildrenBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         str | int, Meta(description="The hash of the parent block, or `root` for the blocks that start a chain.")
     ]
     limit: LimitAsked = None
-
-
-TenantAsked = Annotated[str | None, Meta(description='The tenant of the scope; null: "", which is none.')]
 
 
 class LocateQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
