@@ -202,4 +202,4 @@ def _show(found: Sequence[Finding]) -> None:
         for line in rest:
             click.echo(f"{indent}{line}")
     counts = [sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning")]
-    click.echo(f"\n{len(found)} checks, {counts[0]} problems, {counts[1]} warnings")
+    click.echo(f"\nchecks: {len(found)}, problems: {counts[0]}, warnings: {counts[1]}")

@@ -25,6 +25,8 @@ from .zmq_sockets import BURST_MESSAGES, Change, LiveSocket, ZmqOptions, receive
 
 _END_OF_REPLAY = b"\xff" * 8
 _POLL_MS = 50
+_NOT_REACHED_MS = 10_000
+"""A first connection takes a fraction of a second where something listens. ZMQ itself never says that nothing does."""
 
 log = get_logger("zmq")
 
@@ -35,6 +37,8 @@ class _Link(LiveSocket):
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], stream: FollowedStream, options: ZmqOptions) -> None:
         self.stream = stream
         self.replay: zmq.Socket[bytes] | None = None
+        self.complain_at_ms: int | None = monotonic_ms() + _NOT_REACHED_MS
+        """When to say that no first connection was made, None once there was one or it was said."""
         super().__init__(context, options)
 
     def ask(self, start: int) -> None:
@@ -110,7 +114,8 @@ class ZmqIntake(threading.Thread):
                 link.close()
             self._context.destroy(linger=0)
 
-    def _step(self) -> None:
+    def _ready(self) -> set[zmq.Socket[bytes]]:
+        """The sockets that have something to read, none of them after a while."""
         poller = zmq.Poller()
         for socket in (*self._links.values(), *self._buses.values()):
             poller.register(socket.live, zmq.POLLIN)
@@ -118,7 +123,10 @@ class ZmqIntake(threading.Thread):
         for link in self._links.values():
             if link.replay is not None:
                 poller.register(link.replay, zmq.POLLIN)
-        ready = {socket for socket, _ in poller.poll(_POLL_MS)}
+        return {socket for socket, _ in poller.poll(_POLL_MS)}
+
+    def _step(self) -> None:
+        ready = self._ready()
         now = monotonic_ms()
         for bus in self._buses.values():
             self._out += bus.step(now, bus.live in ready)
@@ -136,6 +144,8 @@ class ZmqIntake(threading.Thread):
             state = link.stream.note_state()
             if state is not None:
                 log.info("stream_state", source=link.stream.source, stream=link.stream.stream, state=state)
+            if link.complain_at_ms is not None and now >= link.complain_at_ms:
+                self._note_not_reached(link)
         self._flush()
 
     def _obey(self) -> None:
@@ -212,6 +222,7 @@ class ZmqIntake(threading.Thread):
         """
         for change, failed in link.changes():
             if change is Change.MADE:
+                link.complain_at_ms = None
                 link.connected(now)
                 self._carry_out(link, link.stream.state.connected(now))
             else:
@@ -221,6 +232,17 @@ class ZmqIntake(threading.Thread):
                     self._read_live(link, now, most=link.options.receive_hwm)
                 link.disconnected(now)
                 self._carry_out(link, link.stream.state.disconnected(now))
+
+    def _note_not_reached(self, link: _Link) -> None:
+        link.complain_at_ms = None
+        what = "nobody has connected to it" if link.options.bind else "nothing answers there"
+        log.warning(
+            "engine_not_reached",
+            source=link.stream.source,
+            stream=link.stream.stream,
+            endpoint=link.options.endpoint,
+            detail=f"{what} yet; it is tried for ever, and `kvcensus check --probe` says what is wrong",
+        )
 
     def _note_failed_handshake(self, link: _Link, reason: str) -> None:
         stream = link.stream

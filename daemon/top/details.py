@@ -40,7 +40,8 @@ def headline(sample: Sample, rates: Rates | None) -> list[Text]:
         (duration(rates.lag_s if rates else None), "bold"),
     )
     trusts = Counter(worker.trust for worker in sample.workers.values())
-    third = Text(f"{len(sample.workers)} workers")
+    workers = len(sample.workers)
+    third = Text(f"{workers} worker" if workers == 1 else f"{workers} workers")
     for trust in Trust:
         if trusts[trust]:
             third.append(f"   {SYMBOLS[trust]} {trusts[trust]} {trust.value}", STYLES[trust])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import zmq
+from structlog.testing import capture_logs
 
 from kvcensus.daemon.config import SourceConfig
 from kvcensus.daemon.followed import FollowedStream
 from kvcensus.daemon.following import stream_of
 from kvcensus.daemon.frame_queue import FrameQueue
+from kvcensus.daemon.sources import zmq as zmq_source
 from kvcensus.daemon.sources.zmq import ZmqIntake
 from kvcensus.daemon.sources.zmq_sockets import ZmqOptions
 from kvcensus.daemon.streams.verdicts import Retire
@@ -29,6 +32,22 @@ def test_an_intake_that_follows_nothing_rests() -> None:
     intake.join(10)
     assert not intake.is_alive()
     assert used_s < LOOK_S / 10
+
+
+def test_an_engine_that_never_answers_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_source, "_NOT_REACHED_MS", 200)
+    intake = ZmqIntake(FrameQueue(10, 1000))
+    reached, unreached = stream("reached"), stream("unreached")
+    with zmq.Context() as context, context.socket(zmq.PUB) as engine, capture_logs() as lines:
+        port = engine.bind_to_random_port("tcp://127.0.0.1")
+        intake.add(reached, ZmqOptions(f"tcp://127.0.0.1:{port}"))
+        intake.add(unreached, ZmqOptions("tcp://no-such-host.invalid:5557"))
+        intake.start()
+        time.sleep(LOOK_S)
+        intake.stop()
+        intake.join(WAIT_S)
+    said = [(one["stream"], one["endpoint"]) for one in lines if one["event"] == "engine_not_reached"]
+    assert said == [("unreached", "tcp://no-such-host.invalid:5557")]
 
 
 def stream(name: str) -> FollowedStream:

@@ -107,7 +107,7 @@ def test_people_get_a_list_with_advice(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvcensus.daemon.cli", "doctor", "--data-dir", str(tmp_path)]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
     assert shown.startswith("machine\n")
-    assert " checks, " in shown.splitlines()[-1]
+    assert "checks: " in shown.splitlines()[-1]
     alone = subprocess.run(command[:-2], capture_output=True, text=True, timeout=60, check=False)
     assert alone.returncode == 2
     assert "give --config FILE" in alone.stderr
