@@ -49,7 +49,7 @@ HOLD_INDEX = """
 import sys, time
 from pathlib import Path
 import lmdb
-index = lmdb.open(sys.argv[1], subdir=False, max_dbs=16)
+index = lmdb.open(sys.argv[1], subdir=False, max_dbs=16, map_size=1 << 40)
 with index.begin(write=True):
     Path("/run/held").touch()
     time.sleep(6)
