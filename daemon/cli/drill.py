@@ -15,6 +15,7 @@ from ..drill.drilling import Order, Summary, drill_seeds, impossible, summed
 from ..drill.faults import ABOUT, Fault, UnknownFault, parse_faults
 from ..drill.oracle import Outcome
 from ..drill.stage import Result
+from ..drill.target import NothingToDrill, drillable
 from . import EXIT_INTERRUPTED
 from .columns import columns
 from .ending import Failure, sigterm_ends
@@ -62,9 +63,11 @@ def drill(
     """
     numbers = [seed] if seed is not None and seeds is None else range(seed or 0, (seed or 0) + (seeds or _SEEDS))
     try:
-        base = Config() if against is None else load_config(against, os.environ)
-    except ConfigError as error:
+        base, left_out = drillable(Config() if against is None else load_config(against, os.environ))
+    except (ConfigError, NothingToDrill) as error:
         raise Failure(str(error), EXIT_CONFIG) from error
+    for sentence in left_out:
+        click.echo(sentence, err=True)
     skipped = impossible(base, faults, backend)
     for fault, reason in skipped.items():
         click.echo(f"{fault} is left out: {reason}", err=True)

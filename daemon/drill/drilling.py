@@ -7,10 +7,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
+
+from kvcensus.backends.errors import BackendError
 
 from ..config import Config, OnHole
 from .evidence import keep_evidence
@@ -19,7 +21,7 @@ from .machine import Link, Unavailable, separate_network, small_disk
 from .oracle import Outcome
 from .plan import make_plan
 from .stage import Result, Stage
-from .target import make_target
+from .target import forget_indexes, make_target
 
 _WITHOUT_FILES = {"memory", "valkey"}
 
@@ -56,6 +58,8 @@ def impossible(base: Config, faults: Sequence[Fault], backend: str | None) -> di
         reasons[Fault.FULL_MAP] = f"the {backend} backend does not map its index"
     if backend in _WITHOUT_FILES:
         reasons[Fault.FULL_DISK] = f"the {backend} backend has no file"
+    if "valkey" in (backend, base.shadow.backend):
+        reasons[Fault.PARTITION] = "a daemon in a network of its own would not reach the valkey server"
     if any(source.on_hole is OnHole.TOLERATE for source in base.sources):
         reasons[Fault.UNPUBLISHED] = "a source tolerates holes, so it believes what cannot be known"
     with tempfile.TemporaryDirectory(prefix="kvcensus-drill-") as place:
@@ -88,6 +92,8 @@ def drill_seed(order: Order, seed: int) -> Result:
                 result = stage.run()
             finally:
                 stage.daemon.kill()
+                with suppress(BackendError):  # a server that is away has failed the drill already
+                    forget_indexes(target.config)
         finally:
             for engine in target.engines:
                 engine.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -47,6 +48,10 @@ _OWN_TIMES: dict[str, Any] = {
 """Patience of a drill: an engine on this machine that has not answered by then is not going to."""
 
 
+class NothingToDrill(Exception):
+    """A configuration without anything that an engine could be simulated for."""
+
+
 class Target(msgspec.Struct, frozen=True):
     """A configuration with the endpoints of `engines`, which run. HTTP is at `port` of the daemon's end of `link`."""
 
@@ -77,7 +82,8 @@ def own_sources(seed: int) -> tuple[SourceConfig, ...]:
 def make_target(base: Config, seed: int, directory: Path, backend: str | None, link: Link) -> Target:
     """Start an engine for each source of `base`, or for those of our own if it has none, and point them at each other.
 
-    HTTP and its credentials, CURVE, the data directory, the log and further media are replaced; all else is drilled.
+    HTTP and its credentials, CURVE, every place of an index, the log and further media are replaced; all else is
+    drilled. `base` is `drillable`.
     """
     own = not base.sources
     sources, engines = [], []
@@ -98,8 +104,7 @@ def make_target(base: Config, seed: int, directory: Path, backend: str | None, l
         )
     port = free_port()
     config = msgspec.structs.replace(
-        base,
-        data_dir=str(directory / "data"),
+        _elsewhere(base, directory, f"kvcensus-drill-{seed}-{secrets.token_hex(4)}"),
         backend=base.backend if backend is None else backend,
         http=HttpConfig(listen=f"{link.daemon}:{port}"),
         log=LogConfig(level=LogLevel.DEBUG, format=LogFormat.JSON),
@@ -107,6 +112,42 @@ def make_target(base: Config, seed: int, directory: Path, backend: str | None, l
         sources=tuple(sources),
     )
     return Target(config, engines, port, link)
+
+
+def drillable(base: Config) -> tuple[Config, list[str]]:
+    """What simulated engines can stand in for, and a sentence on each thing that is left out. Raises NothingToDrill."""
+    sources = tuple(source for source in base.sources if not source.is_bus)
+    left_out = [f"{bus.name} is left out: the simulated engines have no bus" for bus in base.buses()]
+    if left_out and not sources:
+        raise NothingToDrill("only buses are configured, and the simulated engines have none")
+    return msgspec.structs.replace(base, sources=sources, nats=()), left_out
+
+
+def _elsewhere(base: Config, directory: Path, namespace: str) -> Config:
+    """The same without any place where a real index might be: `namespace` is for those on a server."""
+    shadow = base.shadow
+    if shadow.backend:
+        named = {"namespace": namespace, "part": "shadow"} if shadow.backend == "valkey" else {}
+        data_dir = str(directory / "shadow")
+        shadow = msgspec.structs.replace(shadow, data_dir=data_dir, options=shadow.options | named)
+    return msgspec.structs.replace(
+        base,
+        data_dir=str(directory / "data"),
+        shadow=shadow,
+        valkey=msgspec.structs.replace(base.valkey, namespace=namespace, part="index"),
+    )
+
+
+def forget_indexes(config: Config) -> None:
+    """Delete what a drill has left on a server. Raises BackendError."""
+    if "valkey" not in (config.backend, config.shadow.backend):
+        return
+    from kvcensus.backends.valkey.forgetting import forget_index
+
+    if config.backend == "valkey":
+        forget_index(config.backend_options())
+    if config.shadow.backend == "valkey":
+        forget_index(config.shadow.options)
 
 
 def _engine_options(source: SourceConfig, random: Random, seed: int, bound: str, address: str) -> EngineOptions:

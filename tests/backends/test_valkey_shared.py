@@ -11,6 +11,7 @@ pytest.importorskip("valkey")
 
 from kvcensus.backends.model import ROOT, Cursor
 from kvcensus.backends.valkey.backend import open_valkey
+from kvcensus.backends.valkey.forgetting import forget_index
 from kvcensus.backends.valkey.shared import SharedReader
 from tests.valkey_servers import needs_server, running_cluster, running_server
 
@@ -55,6 +56,23 @@ def test_a_router_reads_what_all_daemons_write(options: dict[str, Any], tmp_path
     router.close()
     for daemon in daemons.values():
         daemon.close()
+
+
+def test_a_forgotten_part_leaves_nothing_and_the_other_parts_alone(options: dict[str, Any], tmp_path: Path) -> None:
+    for part in ("east", "west"):
+        daemon = open_valkey(tmp_path / part, {**options, "part": part})
+        daemon.apply([store(A, B)], [Cursor("e", 1, 7)])
+        daemon.close()
+    forget_index({**options, "part": "west"})
+    router = SharedReader(options)
+    assert list(router.parts()) == ["east"]
+    router.close()
+    anew = open_valkey(tmp_path / "west", {**options, "part": "west"})
+    assert (len(anew), anew.cursors()) == (0, {})
+    anew.close()
+    kept = open_valkey(tmp_path / "east", {**options, "part": "east"})
+    assert len(kept) == 2
+    kept.close()
 
 
 def test_a_worker_of_two_parts_is_counted_once(options: dict[str, Any], tmp_path: Path) -> None:

@@ -11,12 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcensus.backends.model import CacheTier
-from kvcensus.daemon.config import Config, SourceConfig, SourceType, load_config
+from kvcensus.daemon.config import (
+    Config,
+    NatsConfig,
+    ShadowConfig,
+    SourceConfig,
+    SourceType,
+    ValkeyConfig,
+    load_config,
+)
 from kvcensus.daemon.drill.faults import ABOUT, Excuse, Fault, UnknownFault, parse_faults
 from kvcensus.daemon.drill.lies import lie
+from kvcensus.daemon.drill.machine import Link
 from kvcensus.daemon.drill.oracle import Outcome, compare, index_of
 from kvcensus.daemon.drill.plan import make_plan
-from kvcensus.daemon.drill.target import own_sources, toml_text
+from kvcensus.daemon.drill.target import NothingToDrill, drillable, make_target, own_sources, toml_text
 from kvcensus.daemon.recording import RecordedMessage
 from kvcensus.daemon.simulate.cache import Held
 from kvcensus.daemon.simulate.engine import Truth
@@ -150,6 +159,35 @@ def test_the_configuration_written_is_the_one_that_is_read(tmp_path: Path) -> No
     path = tmp_path / "kvcensus.toml"
     path.write_text(toml_text(config))
     assert load_config(path, {}) == config
+
+
+def test_a_drill_stays_away_from_every_real_index(tmp_path: Path) -> None:
+    """What a shadow finds in its directory it replaces, and a namespace on a server may be the fleet's."""
+    real = ValkeyConfig(servers=("db:6379",), namespace="fleet", part="a")
+    shadow = ShadowConfig("valkey", "/var/lib/shadow", options={"servers": ["db:6379"], "namespace": "fleet"})
+    for base in (
+        Config(data_dir="/var/lib/kvcensus", backend="valkey", valkey=real),
+        Config(data_dir="/var/lib/kvcensus", valkey=real, shadow=shadow),
+        Config(data_dir="/var/lib/kvcensus", shadow=ShadowConfig("filesystem", "/var/lib/shadow")),
+    ):
+        target = make_target(base, 1, tmp_path, None, Link())
+        for engine in target.engines:
+            engine.stop()
+        text = toml_text(target.config)
+        assert "/var/lib" not in text
+        assert '"fleet"' not in text
+        assert target.config.shadow.backend == base.shadow.backend
+
+
+def test_buses_are_left_out_by_name_and_nothing_else_stands_in_for_them() -> None:
+    source = SourceConfig(endpoint="tcp://h:1", name="engine")
+    dynamo = SourceConfig(endpoint="tcp://h:2", name="dynamo", type=SourceType.DYNAMO)
+    bus = NatsConfig(name="fleet", type=SourceType.VLLM)
+    base, left_out = drillable(Config(sources=(source, dynamo), nats=(bus,)))
+    assert (base.sources, base.nats) == ((source,), ())
+    assert [sentence.split()[0] for sentence in left_out] == ["dynamo", "fleet"]
+    with pytest.raises(NothingToDrill):
+        drillable(Config(nats=(bus,)))
 
 
 def test_every_seed_has_engines_that_can_be_simulated() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvcensus.daemon.recording import Recording
 
-from ..valkey_servers import why_untested
+from ..valkey_servers import needs_server, running_server, why_untested
 
 
 def drill(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -52,6 +52,22 @@ def test_every_backend_is_drilled_by_what_can_happen_to_it(tmp_path: Path, backe
     assert ("full-disk" in report["summary"]["injected"]) is ("full-disk" not in report["skipped"])
     if backend == "memory":
         assert report["skipped"]["full-disk"] == "the memory backend has no file"
+
+
+@needs_server
+def test_an_index_on_a_server_is_drilled_in_a_namespace_that_is_gone_afterwards(tmp_path: Path) -> None:
+    with running_server(tmp_path / "server") as server:
+        config = tmp_path / "kvcensus.toml"
+        config.write_text(
+            f'backend = "valkey"\n[valkey]\nservers = ["{server.address}"]\n'
+            f'[shadow]\nbackend = "valkey"\n[shadow.options]\nservers = ["{server.address}"]\n'
+        )
+        arguments = ["--seed", "3", "--faults", "kill,drop,partition", "--messages", "150", "--against", str(config)]
+        code, report = drill(tmp_path, *arguments)
+        assert code == 0, report["drills"]
+        assert report["summary"]["workers"]["equal"] == 3
+        assert "would not reach" in report["skipped"]["partition"]
+        assert server.cli("dbsize").split()[-1] == "0"
 
 
 def test_a_configuration_of_the_user_is_drilled_under_its_own_names(tmp_path: Path) -> None:

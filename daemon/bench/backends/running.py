@@ -14,14 +14,14 @@ from typing import Any
 
 import msgspec
 
+from kvcensus.backends.errors import BackendError
+
 from .measuring import Job, Measured
 from .trace_file import Trace
 from .traces import is_recording, make_trace
 
 _SERVER = "valkey"
 _MILLION = 1_000_000
-_SCANNED = 1_000
-"""Keys of the server that one question looks at."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -110,21 +110,14 @@ def _measure(backend: str, trace: Trace, directory: Path, server: str) -> Measur
         command = [sys.executable, "-m", "kvcensus.daemon.bench.backends.measuring"]
         ended = subprocess.run(command, input=msgspec.json.encode(job), capture_output=True, check=False)
     if on_server:
-        _forget(server, namespace)
+        from kvcensus.backends.valkey.forgetting import forget_index
+
+        with suppress(BackendError):  # a server that is away has told so already
+            forget_index(options)
     if ended.returncode:
         lines = ended.stderr.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"ended with {ended.returncode}"
     return msgspec.json.decode(ended.stdout, type=Measured)
-
-
-def _forget(server: str, namespace: str) -> None:
-    """Delete what is left of a namespace, also after a run that failed. A server that is away has told so already."""
-    import valkey
-
-    host, _, port = server.rpartition(":")
-    with suppress(valkey.ValkeyError), valkey.Valkey(host=host.strip("[]"), port=int(port)) as client:
-        for key in client.scan_iter(match=f"*{namespace}*", count=_SCANNED):
-            client.unlink(key)
 
 
 def _figures(one: Measured) -> dict[str, float]:
