@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 from collections.abc import Iterator
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_batch_beyond_the_limit_of_the_log_changes_nothing(backend: IndexBacke
     chance = random.Random(1)
     before = content(backend)
     with pytest.raises(BackendError, match="WAL record is too large"):
-        backend.apply([store(*(chance.randbytes(32) for _ in range(80_000)))], [Cursor("s", 1, 1)])
+        backend.apply([store(*(chance.randbytes(32) for _ in range(100_000)))], [Cursor("s", 1, 1)])
     assert content(backend) == before
     backend.apply([store(*blocks(1, 2))])
     assert len(backend) == 2
@@ -110,6 +111,37 @@ def test_random_hashes_of_any_length_fill_more_than_one_frame(backend: IndexBack
         backend.apply([store(*hashes[at : at + 1000])])
     assert sorted(one.key.block_hash for one in backend.snapshot()) == hashes
     assert all(backend.find(one) for one in hashes[::50])
+
+
+def test_hashes_that_are_numbers_take_no_more_room_than_others(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    sizes = []
+    for name, hashes in (("numbers", blocks(*range(20_000))), ("random", [chance.randbytes(8) for _ in range(20_000)])):
+        backend = open_backend("holt", tmp_path / name)
+        for at in range(0, len(hashes), 1000):
+            backend.apply([store(*hashes[at : at + 1000])])
+        backend.close()
+        sizes.append((tmp_path / name / "holt" / "blobs.dat").stat().st_size)
+    assert sizes[0] < 1.5 * sizes[1]
+
+
+@pytest.mark.parametrize("pairs", range(1600, 2500, 100))
+def test_what_is_left_of_a_full_frame_can_be_packed(tmp_path: Path, pairs: int) -> None:
+    from kvcensus_holt._native import Tree
+
+    def keys(last: bytes) -> list[bytes]:
+        return [bytes(digits) + last for digits in islice(product(range(4), repeat=6), pairs)]
+
+    tree = Tree(tmp_path, False, 64)
+    for last in (b"a", b"b"):
+        tree.atomic([(one, b"") for one in keys(last)])
+    # Each inner node is left with one child, and packed that takes more than it did.
+    tree.atomic([(one, None) for one in keys(b"b")])
+    for inserted in keys(b"c"):
+        tree.atomic([(inserted, b"")])
+    assert len(tree.scan_keys(b"", None, 0)) == 2 * pairs
+    tree.compact()
+    tree.close()
 
 
 def test_what_is_checkpointed_and_what_is_only_in_the_log_make_one_index(tmp_path: Path) -> None:

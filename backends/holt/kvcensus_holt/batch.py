@@ -29,7 +29,7 @@ from kvcensus.backends.placed_rows import (
     unpack_row,
 )
 
-from .rows import link_key, name_of, place_of, rows_of, short_name
+from .rows import link_key, name_of, rows_of, short_name
 from .store import Changes, Store
 
 _LINKED = b""
@@ -156,7 +156,7 @@ class Batch:
             for key, block_hash in zip(keys, run.block_hashes):
                 own = self._own_entry(run, block_hash)
                 scope = self._catalog.scope_number(run.scope) if own is None else own.scope
-                self._store_block(key, block_hash, beside_sibling(run, place, scope, own), run)
+                self._store_block(key, beside_sibling(run, place, scope, own), run)
             return
         scope, index = self._chain_of(run, place)
         if any(map(self._rows.__getitem__, keys)) or len(set(keys)) < len(keys):
@@ -170,18 +170,16 @@ class Batch:
         tail = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, PARENT_KNOWN)
         parent = run.parent
         count = len(keys)
-        names = [key[1:-4] for key in keys]
-        at = NUMBER.pack(place)
         if parent is None:
             first = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, 0) + b"\x00"
         else:
             first = tail + short_name(parent)
-            self._links[link_key(name_of(parent), at, names[0])] = _LINKED
+            self._links[link_key(name_of(parent), keys[0])] = _LINKED
         indexes = map(_INDEX.pack, range(index, index + count)) if index >= 0 else repeat(_INDEX.pack(-1))
         tails = chain((first,), map(tail.__add__, map(short_name, run.block_hashes)))
         self._rows.update(zip(keys, map(b"".join, zip(repeat(head), indexes, tails))))
         if count > 1:
-            self._links.update(zip(map(link_key, names, repeat(at), names[1:]), repeat(_LINKED)))
+            self._links.update(zip(map(link_key, map(name_of, run.block_hashes), keys[1:]), repeat(_LINKED)))
         self._catalog.count(place, count, count * run.bytes_per_block)
         self.result.stored += count
 
@@ -190,12 +188,12 @@ class Batch:
         parent = run.parent
         for key, block_hash in zip(keys, run.block_hashes):
             entry = Entry(place, scope, 1, index, run.token_count, run.at_ms, run.bytes_per_block, False, parent)
-            self._store_block(key, block_hash, entry, run)
+            self._store_block(key, entry, run)
             parent = block_hash
             if index >= 0:
                 index += 1
 
-    def _store_block(self, key: bytes, block_hash: bytes, entry: Entry, run: StoreRun) -> None:
+    def _store_block(self, key: bytes, entry: Entry, run: StoreRun) -> None:
         row = self._rows[key]
         entries = [] if row is None else unpack_row(entry.place, row)
         for at, same in enumerate(entries):
@@ -206,11 +204,11 @@ class Batch:
                     self.result.copies_added += 1
                 else:
                     self.result.refreshed += 1
-                self._write(key, block_hash, entries, [*entries[:at], stored, *entries[at + 1 :]])
+                self._write(key, entries, [*entries[:at], stored, *entries[at + 1 :]])
                 return
         self._catalog.count(entry.place, 1, entry.size)
         self.result.stored += 1
-        self._write(key, block_hash, entries, [*entries, entry])
+        self._write(key, entries, [*entries, entry])
 
     def _chain_of(self, run: StoreRun, place: int) -> tuple[int, int]:
         """The number of a run's scope and the index of its first block, from the worker's own record of the parent."""
@@ -247,30 +245,29 @@ class Batch:
             return entries[0]
         return min(entries, key=lambda entry: scope_order(self._catalog.scope(entry.scope)))
 
-    def _write(self, key: bytes, block_hash: bytes, old: Sequence[Entry], new: Sequence[Entry]) -> None:
+    def _write(self, key: bytes, old: Sequence[Entry], new: Sequence[Entry]) -> None:
         """Write the entries of a block at a place, and keep the links from its parents."""
         self._rows[key] = b"".join(map(pack_entry, new)) if new else None
-        at, child = NUMBER.pack(place_of(key)), name_of(block_hash)
         was = {entry.parent for entry in old}
         parents = {entry.parent for entry in new}
         for parent in was - parents:
             if parent is not None:
-                self._links[link_key(name_of(parent), at, child)] = None
+                self._links[link_key(name_of(parent), key)] = None
         for parent in parents - was:
             if parent is not None:
-                self._links[link_key(name_of(parent), at, child)] = _LINKED
+                self._links[link_key(name_of(parent), key)] = _LINKED
 
     def _remove(self, removal: RemoveBlocks, places: tuple[int, ...], keys: list[bytes]) -> None:
         hashes = removal.block_hashes
         found = [0] * len(hashes)
         for number, place in enumerate(places):
-            self._remove_at(place, keys[number * len(hashes) : (number + 1) * len(hashes)], hashes, found)
+            self._remove_at(place, keys[number * len(hashes) : (number + 1) * len(hashes)], found)
         self.result.copies_removed += sum(found)
         self.result.unknown_removals += found.count(0)
 
-    def _remove_at(self, place: int, keys: Sequence[bytes], hashes: Sequence[bytes], found: list[int]) -> None:
+    def _remove_at(self, place: int, keys: Sequence[bytes], found: list[int]) -> None:
         """Take a copy of every record of these blocks at one place."""
-        rows, links, packed = self._rows, self._links, NUMBER.pack(place)
+        rows, links = self._rows, self._links
         removed = size = 0
         for at, key in enumerate(keys):
             row = rows[key]
@@ -280,7 +277,7 @@ class Batch:
             if copies == 1 and is_sole(row):
                 rows[key] = None
                 if row[PARENT_LEN_AT - 1] & PARENT_KNOWN:
-                    links[link_key(name_of(row[PARENT_LEN_AT + 1 :]), packed, name_of(hashes[at]))] = None
+                    links[link_key(name_of(row[PARENT_LEN_AT + 1 :]), key)] = None
                 found[at] += 1
                 removed += 1
                 size += entry_size
@@ -290,7 +287,7 @@ class Batch:
             found[at] += len(old)
             removed += len(old) - len(kept)
             size += sum(entry.size for entry in old)
-            self._write(key, hashes[at], old, kept)
+            self._write(key, old, kept)
         if removed or size:
             self._catalog.count(place, -removed, -size)
         self.result.removed += removed
@@ -339,7 +336,7 @@ class Batch:
         size = sum(entry.size * entry.copies for entry in new) - sum(entry.size * entry.copies for entry in gone)
         if gone or new:
             self._catalog.count(place, records, size)
-            self._write(key, block_hash, old, kept + new)
+            self._write(key, old, kept + new)
         return len(gone)
 
     def sweep(self, keys: Iterable[bytes]) -> None:

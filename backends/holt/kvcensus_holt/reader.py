@@ -10,7 +10,7 @@ from kvcensus.backends.model import CacheResidency, Cursor, Holding, IdentitySco
 from kvcensus.backends.placed_catalog import ScopeNames, read_counts, read_cursors
 from kvcensus.backends.placed_rows import NUMBER, scopes_in, unpack_row
 
-from .rows import ROW, block_of, child_of, links_of, place_of, rows_of, stream_of
+from .rows import ROW, block_of, links_of, place_of, row_linked, rows_of, stream_of
 from .store import Question, Store
 
 _CHUNK = 32
@@ -41,14 +41,10 @@ class Reader:
             number = self._scopes.number(scope)
             if number is None:
                 return []
-            links = [
-                (place, child_of(link))
-                for link in question.keys_under(links_of(prefix_hash))
-                if (place := place_of(link)) in places
-            ]
+            keys = [row_linked(link) for link in question.keys_under(links_of(prefix_hash)) if place_of(link) in places]
             found: list[CacheResidency] = []
-            rows = question.get_many([rows_of(child) + NUMBER.pack(place) for place, child in links])
-            for (place, child), row in zip(links, rows):
+            for key, row in zip(keys, question.get_many(keys)):
+                place, child = place_of(key), block_of(key)
                 found += [
                     self._residency(places[place], child, entry)
                     for entry in unpack_row(place, row or b"")

@@ -1,10 +1,10 @@
 """How the index lies in a Holt tree: one tree, ordered by key.
 
     01 | name of the block | place                         row of a block at a place: its entries
-    02 | name of the parent | place | name of the child    link to a child of that place; exactly while an entry says so
+    02 | name of the parent | name of the child | place    link to a child at a place; exactly while an entry says so
 
     name   := len digits hash
-    digits := the first 4 bytes of the hash, 2 bits in each byte
+    digits := the last 2 bytes of the hash's CRC-32, 2 bits in each byte
     row    := entry*, one for each scope, so nearly always one
     entry  := scope (4) copies (4) index (4, signed, -1 unknown) tokens (4) last access ms (8) bytes (8) flags (1)
               parent_len (1) parent
@@ -23,13 +23,15 @@ ends a key with a zero byte, and cannot tell `x` from `x 00` where both are ther
 
 The digits are for the tree to branch by. It keeps whole subtrees in frames of 512 KiB, and divides a full frame by
 giving one branch a frame of its own. By the bytes of a hash that is one of 256 branches, and most of each frame stays
-empty; by digits it is one of four. Rows and links are two branches of the root, for a leaf hangs where its key begins
-to differ, and below a hash that has both a prefix node of 128 bytes would stand.
+empty; by digits it is one of four. They are of a checksum, for hashes need not be random where they begin. Rows and
+links are two branches of the root, for a leaf hangs where its key begins to differ, and below a hash that has both a
+prefix node of 128 bytes would stand.
 """
 
 from __future__ import annotations
 
-from kvcensus.backends.model import MAX_HASH_BYTES
+from zlib import crc32
+
 from kvcensus.backends.placed_rows import CURSOR_KEY, LENGTH, META_KEY, NUMBER
 
 SCHEMA = 1
@@ -38,12 +40,10 @@ SCHEMA = 1
 ROW = b"\x01"
 LINK = b"\x02"
 
-DIGITS = tuple(bytes((byte >> 6, byte >> 4 & 3, byte >> 2 & 3, byte & 3)) for byte in range(256))
+_DIGITS = tuple(bytes((byte >> 6, byte >> 4 & 3, byte >> 2 & 3, byte & 3)) for byte in range(256))
 """What the tree branches by, for each byte."""
-_SPREAD = 4
-"""Bytes at the beginning of a hash that are spread: 16 digits tell 4 billion hashes apart."""
-HASH_AT = tuple(1 + len(DIGITS[0]) * min(length, _SPREAD) for length in range(MAX_HASH_BYTES + 1))
-"""Where in its name a hash of each length begins."""
+_HASH_AT = 1 + 2 * len(_DIGITS[0])
+"""Where in its name a hash begins."""
 
 
 def short_name(block_hash: bytes) -> bytes:
@@ -53,8 +53,8 @@ def short_name(block_hash: bytes) -> bytes:
 
 def name_of(block_hash: bytes) -> bytes:
     """A hash as it stands in a key."""
-    digits = map(DIGITS.__getitem__, block_hash[:_SPREAD])
-    return b"".join((LENGTH[len(block_hash)], *digits, block_hash))
+    checksum = crc32(block_hash)
+    return LENGTH[len(block_hash)] + _DIGITS[checksum >> 8 & 255] + _DIGITS[checksum & 255] + block_hash
 
 
 def rows_of(block_hash: bytes) -> bytes:
@@ -67,29 +67,24 @@ def links_of(parent: bytes) -> bytes:
     return LINK + name_of(parent)
 
 
-def link_key(parent_name: bytes, place: bytes, child_name: bytes) -> bytes:
-    """The key of a link, of two names and a packed place."""
-    return LINK + parent_name + place + child_name
+def link_key(parent_name: bytes, row_key: bytes) -> bytes:
+    """The key of the link from a parent, by its name, to the block of a row at the place of that row."""
+    return LINK + parent_name + row_key[len(ROW) :]
 
 
-def _place_at(key: bytes) -> int:
-    return 1 + HASH_AT[key[1]] + key[1]
+def row_linked(link: bytes) -> bytes:
+    """The key of the row that a link leads to."""
+    return ROW + link[len(LINK) + _HASH_AT + link[len(LINK)] :]
 
 
 def place_of(key: bytes) -> int:
     """The place of a row or a link, by its key."""
-    return int(NUMBER.unpack_from(key, _place_at(key))[0])
+    return int(NUMBER.unpack(key[-NUMBER.size :])[0])
 
 
 def block_of(row_key: bytes) -> bytes:
     """The hash of a block, by the key of a row of it."""
-    return row_key[1 + HASH_AT[row_key[1]] : -NUMBER.size]
-
-
-def child_of(key: bytes) -> bytes:
-    """The hash of the child, by the key of a link."""
-    at = _place_at(key) + NUMBER.size
-    return key[at + HASH_AT[key[at]] :]
+    return row_key[len(ROW) + _HASH_AT : -NUMBER.size]
 
 
 def meta_key(name: str) -> bytes:

@@ -194,7 +194,7 @@ class Store:
         if self._in_log >= self._resources.checkpoint_bytes:
             self.checkpoint()
         number = NUMBER_64.pack(self._number + 1)
-        batch = sorted({**changes, _BATCH_KEY: number}.items())
+        batch = list({**changes, _BATCH_KEY: number}.items())
         size = sum(len(key) + len(value or b"") for key, value in batch)
         with self._moment:
             try:
