@@ -360,6 +360,9 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._database, name)
 
+    def property_int_value(self, name: str) -> int:
+        return 0
+
     def write(self, batch: WriteBatch, options: WriteOptions) -> None:
         if self._done:
             self._database.write(batch, options)
