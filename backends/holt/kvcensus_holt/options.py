@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 MIB = 1 << 20
+GIB = 1 << 30
 FRAME_BYTES = 512 << 10
 """What Holt reads and writes at a time."""
 
@@ -23,8 +24,9 @@ class Durability(StrEnum):
 class Resources(NamedTuple):
     """What Holt may use, in bytes."""
 
-    cache_bytes: int = 128 * MIB
-    """Frames that are kept in memory. Those that changed since the last checkpoint are kept whatever this says."""
+    cache_bytes: int = 8 * GIB
+    """Frames that are kept in memory, at the most. An index that is larger is slow to ask: a frame is read as a whole.
+    Those that changed since the last checkpoint are kept whatever this says."""
     checkpoint_bytes: int = 256 * MIB
     """Bytes of keys and values after which what changed is written to the data file, and the log is emptied."""
 
