@@ -43,6 +43,8 @@ NOT_REACHED_YET = "not reached yet"
 
 log = get_logger("service")
 
+_OF_A_RELAY = {"relay"}
+"""Keys of the configuration that mean nothing here."""
 _RELOAD_WAIT_S = 10.0
 
 
@@ -157,13 +159,12 @@ class Service:
             if name not in self._streams:
                 self._follow(source, stream, current[name][1].cursor if name in changed else None)
         self._reload_buses(config)
-        needs_restart = [
+        self._config = msgspec.structs.replace(self._config, sources=config.sources, nats=config.nats)
+        return [
             key
-            for key in ("data_dir", "backend", "http", "index", "writer", "quarantine", "shadow")
-            if getattr(config, key) != getattr(self._config, key)
+            for key in config.__struct_fields__
+            if key not in _OF_A_RELAY and getattr(config, key) != getattr(self._config, key)
         ]
-        self._config = config
-        return needs_restart
 
     def _reload_buses(self, config: Config) -> None:
         """A changed bus is taken up from what is committed of it, a removed one is dropped with its workers."""

@@ -79,6 +79,30 @@ def test_sighup_adds_changes_and_removes_sources_without_a_restart(tmp_path: Pat
             assert daemon.streams().keys() == {"evict"}
 
 
+def test_what_needs_a_restart_is_named_until_there_was_one(tmp_path: Path) -> None:
+    config = tmp_path / "kvcensus.toml"
+    with engine(BASIC) as one:
+        config.write_text(source("basic", one))
+        with DaemonProcess(tmp_path, "--config", str(config)) as daemon:
+            assert daemon.process is not None
+
+            def reloaded(text: str) -> list[str]:
+                before = len(daemon.log())
+                config.write_text(text + source("basic", one))
+                daemon.process.send_signal(signal.SIGHUP)
+                wait_until(
+                    lambda: any(line["event"] == "reloaded" for line in daemon.log()[before:]), "it has reloaded"
+                )
+                return next(line["needs_restart"] for line in daemon.log()[before:] if line["event"] == "reloaded")
+
+            assert reloaded("") == []
+            changed = '[writer]\ncommit_max_ms = 7\n[log]\nlevel = "debug"\n[rocksdb]\nbackground_jobs = 3\n'
+            assert reloaded(changed) == ["writer", "log", "rocksdb"]
+            assert reloaded(changed) == ["writer", "log", "rocksdb"]
+            assert reloaded("") == []
+            assert reloaded('[relay]\nstream = "KV"\n') == []
+
+
 def test_a_stream_that_is_no_longer_configured_leaves_nothing_behind_a_restart(tmp_path: Path) -> None:
     with engine(BASIC) as basic, engine(EVICT) as evict:
         config = tmp_path / "kvcensus.toml"
