@@ -22,7 +22,6 @@ from ..model import (
     Holding,
     IdentityScope,
     IndexMetrics,
-    KvBlockKey,
     Operation,
     StoreHealth,
     WorkerMatch,
@@ -213,14 +212,14 @@ class LmdbBackend(IndexBackend):
     def cursors(self) -> dict[str, Cursor]:
         return self._reader.cursors()
 
-    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
-        return [one for one in self.find(key.block_hash, key.scope) if one.key.group == key.group]
-
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
         return self._reader.find(block_hash, scope)
 
     def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
         return self._reader.prefix_scan(scope, prefix_hash)
+
+    def first_children(self, scope: IdentityScope, prefix_hash: bytes, limit: int) -> tuple[list[CacheResidency], bool]:
+        return self._reader.first_children(scope, prefix_hash, limit)
 
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
         return self._reader.match(scope, block_hashes)

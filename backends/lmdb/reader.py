@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import msgspec
@@ -40,6 +40,8 @@ from .rows import (
 
 _MATCH_CHUNK = 64
 """Hashes looked up at a time in `match`: most chains end or fit within it."""
+_CHILDREN_CHUNK = 1024
+"""Children looked up at a time."""
 
 _decode_cursor = msgspec.msgpack.Decoder(Cursor).decode
 
@@ -93,36 +95,50 @@ class LmdbReader:
             return [one for one in found if one is not None and (scope is None or one.key.scope == scope)]
 
     def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
-        self.prefix_scans += 1
-        blocks = self._tables.blocks
         with self.reading() as txn:
-            number = self._scopes.number(txn, scope)
-            if number is None:
-                return []
-            places = self._places.places(txn).rows
-            found = []
-            children = sorted(self._children(txn, prefix_hash))
-            for key, row in txn.cursor(blocks).getmulti([row_key(child) for child in children]):
-                for entry in unpack_row(row)[1]:
-                    if entry.scope == number and entry.parent == prefix_hash:
-                        one = self._residency(txn, places, key[1:-1], entry)
-                        if one is not None:
-                            found.append(one)
-            return found
+            return list(chain.from_iterable(self._by_child(txn, scope, prefix_hash, _CHILDREN_CHUNK)))
 
-    def _children(self, txn: lmdb.Transaction[bytes], parent: bytes) -> set[bytes]:
-        children = set()
+    def first_children(self, scope: IdentityScope, prefix_hash: bytes, limit: int) -> tuple[list[CacheResidency], bool]:
+        with self.reading() as txn:
+            children = self._by_child(txn, scope, prefix_hash, min(limit + 1, _CHILDREN_CHUNK))
+            found = list(chain.from_iterable(islice(children, limit)))
+            return found, next(children, None) is not None
+
+    def _by_child(
+        self, txn: lmdb.Transaction[bytes], scope: IdentityScope, parent: bytes, at_a_time: int
+    ) -> Iterator[list[CacheResidency]]:
+        """The residencies of each child in a scope, in the order of the children; so many are looked up together."""
+        self.prefix_scans += 1
+        number = self._scopes.number(txn, scope)
+        if number is None:
+            return
+        places = self._places.places(txn).rows
+        children = self._children(txn, parent)
+        while keys := [row_key(child) for child in islice(children, at_a_time)]:
+            for key, row in txn.cursor(self._tables.blocks).getmulti(keys):
+                entries = [one for one in unpack_row(row)[1] if one.scope == number and one.parent == parent]
+                found = [self._residency(txn, places, key[1:-1], entry) for entry in entries]
+                if living := [one for one in found if one is not None]:
+                    yield living
+
+    def _children(self, txn: lmdb.Transaction[bytes], parent: bytes) -> Iterator[bytes]:
+        """Blocks that have, or had, this parent, in the order of their hashes."""
         row = txn.get(row_key(parent), db=self._tables.blocks) if parent else None
-        if row is not None and row[0]:
-            children.add(row[1 : 1 + row[0]])
+        in_row = row[1 : 1 + row[0]] if row is not None else b""
         prefix = link_prefix(parent)
         cursor = txn.cursor(self._tables.blocks)
         if cursor.set_range(prefix):
             for key in cursor.iternext(values=False):
                 if not key.startswith(prefix):
                     break
-                children.add(key[len(prefix) :])
-        return children
+                child = key[len(prefix) :]
+                if in_row and in_row <= child:
+                    if in_row != child:
+                        yield in_row
+                    in_row = b""
+                yield child
+        if in_row:
+            yield in_row
 
     def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
         with self.reading(self._tables.blocks) as txn:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvcensus.backends.errors import BackendError, BackendFull
-from kvcensus.backends.lmdb import LmdbBackend
+from kvcensus.backends.lmdb import LmdbBackend, reader
+from kvcensus.backends.lmdb.rows import unpack_row
 from kvcensus.backends.model import ROOT, Cursor, StoreRun
 
 from .building import LORA, SCOPE, blocks, clear, remove, store
@@ -36,6 +37,23 @@ def pages_in_use(backend: LmdbBackend) -> int:
     with backend._env.begin() as txn:
         stat = txn.stat(backend._tables.blocks)
     return int(stat["leaf_pages"] + stat["branch_pages"])
+
+
+# questions
+
+
+def test_the_first_children_are_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = LmdbBackend(tmp_path, map_size=64 << 20)
+    backend.apply(runs(2_000, length=1))
+    every = sorted(one.key.block_hash for one in backend.snapshot())
+    read = []
+    monkeypatch.setattr(reader, "unpack_row", lambda row: (read.append(row), unpack_row(row))[1])
+
+    found, more = backend.first_children(SCOPE, ROOT, 5)
+
+    assert ([one.key.block_hash for one in found], more) == (every[:5], True)
+    assert len(read) == 6
+    backend.close()
 
 
 # all or nothing
