@@ -100,9 +100,9 @@ class IndexBackend(ABC):
     def clear(self) -> None:
         """Drop every record. Cursors stay."""
 
-    @abstractmethod
     def locate(self, key: KvBlockKey) -> list[CacheResidency]:
         """Every residency of one exact block (scope, hash, group), over workers and tiers."""
+        return [one for one in self.find(key.block_hash, key.scope) if one.key.group == key.group]
 
     @abstractmethod
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:

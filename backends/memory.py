@@ -115,10 +115,6 @@ class MemoryBackend(IndexBackend):
         with self._lock:
             self._places.clear()
 
-    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
-        found = self.find(key.block_hash, key.scope)
-        return [residency for residency in found if residency.key.group == key.group]
-
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
         with self._lock:
             return [

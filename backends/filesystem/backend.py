@@ -19,7 +19,6 @@ from ..model import (
     Holding,
     IdentityScope,
     IndexMetrics,
-    KvBlockKey,
     Operation,
     StoreHealth,
     WorkerMatch,
@@ -221,9 +220,6 @@ class FilesystemBackend(IndexBackend):
 
     def cursors(self) -> dict[str, Cursor]:
         return self._index.cursors()
-
-    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
-        return self._index.locate(key)
 
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
         return self._index.find(block_hash, scope)

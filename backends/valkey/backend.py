@@ -25,7 +25,6 @@ from ..model import (
     Holding,
     IdentityScope,
     IndexMetrics,
-    KvBlockKey,
     Operation,
     StoreHealth,
     WorkerMatch,
@@ -303,9 +302,6 @@ class ValkeyBackend(IndexBackend):
 
     def cursors(self) -> dict[str, Cursor]:
         return self._reader.cursors()
-
-    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
-        return [one for one in self.find(key.block_hash, key.scope) if one.key.group == key.group]
 
     def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
         return self._reader.find(block_hash, scope)

@@ -18,8 +18,9 @@ from rocksdict import Options, Rdict, WriteBatch, WriteOptions
 
 from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat, BackendFull
 from kvcensus.backends.model import ApplyResult, CacheResidency, Cursor, StoreRun
+from kvcensus.backends.placed_backend import SUSPECT_FILE
 from kvcensus.backends.placed_rows import META_KEY, NUMBER
-from kvcensus.backends.rocksdb.backend import DATABASE, SUSPECT_FILE, RocksdbBackend
+from kvcensus.backends.rocksdb.backend import DATABASE, RocksdbBackend
 from kvcensus.backends.rocksdb.options import Durability, OnCorrupt, Resources
 from kvcensus.backends.rocksdb.rows import BLOCKS
 

@@ -1,57 +1,31 @@
-"""The Holt backend: one atomic batch a call, made by one thread; reads are left to `Reader`."""
+"""The Holt backend: what is its own beside what it shares with other stores of placed rows."""
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
+from kvcensus.backends.model import StoreHealth
+from kvcensus.backends.placed_backend import More, PlacedBackend
 
-from kvcensus.backends.errors import BackendCorrupt, BackendFormat
-from kvcensus.backends.interface import IndexBackend
-from kvcensus.backends.model import (
-    ApplyResult,
-    CacheResidency,
-    ClearBlocks,
-    Cursor,
-    Holding,
-    IdentityScope,
-    IndexMetrics,
-    KvBlockKey,
-    Operation,
-    StoreHealth,
-    WorkerMatch,
-)
-from kvcensus.backends.ownership import Owner
-from kvcensus.backends.placed_catalog import WriterCatalog
-from kvcensus.backends.placed_rows import NUMBER
-
+from . import rows
 from .batch import Batch
 from .options import Durability, OnCorrupt, Resources
 from .reader import Reader
-from .rows import SCHEMA, cursor_key, meta_key, place_of
-from .store import Changes, Store
-
-T = TypeVar("T")
+from .store import Store
 
 DATABASE = "holt"
 """The folder of the tree in the data directory."""
 
-SUSPECT_FILE = "suspect.txt"
-"""Why the whole index is to be read before it is used, if it is."""
 
-_SCHEMA_KEY = meta_key("schema")
-_PUTS = 10_000
-"""Records that `put_all` writes at a time: a batch has its limit, see `store.BATCH_BYTES_MAX`."""
-_encode = msgspec.msgpack.encode
-
-
-class HoltBackend(IndexBackend):
+class HoltBackend(PlacedBackend[Store, Batch]):
     """An index in `directory`, which this process owns until `close`."""
+
+    schema = rows.SCHEMA
+    meta_key = staticmethod(rows.meta_key)
+    cursor_key = staticmethod(rows.cursor_key)
+    place_of = staticmethod(rows.place_of)
 
     def __init__(
         self,
@@ -61,200 +35,33 @@ class HoltBackend(IndexBackend):
         resources: Resources | None = None,
         on_corrupt: OnCorrupt = OnCorrupt.REFUSE,
     ) -> None:
-        """Open or create. Raises BackendBusy, BackendFormat, BackendCorrupt or BackendError.
+        def open_store(path: Path) -> Store:
+            return Store(path, durability, resources or Resources())
 
-        A damaged index is refused, or with `on_corrupt` moved aside (`moved_aside`) for a new one. Where damage was
-        found the last time, the whole of it is read first.
-        """
-        self._path = directory / DATABASE
-        self._suspect = directory / SUSPECT_FILE
-        self._owner = Owner(directory)
-        try:
-            try:
-                self._open(durability, resources or Resources())
-            except BackendCorrupt as error:
-                if on_corrupt is not OnCorrupt.REBUILD:
-                    raise
-                self.moved_aside, self.moved_for = self._move_aside(), str(error)
-                self._open(durability, resources or Resources())
-        except BaseException:
-            self._owner.release()
-            raise
-        self._reader = Reader(self._store)
-        self._totals = self._catalog.totals()
-        self._puts = self._removes = 0
-        self._sweep_at = b""
-        self._sweeping: frozenset[int] = frozenset()
-
-    def _open(self, durability: Durability, resources: Resources) -> None:
-        self._store = Store(self._path, durability, resources)
-        try:
-            if self._suspect.exists():
-                self._store.read_everything()
-                self._suspect.unlink()
-            self._check_schema()
-            self._catalog = WriterCatalog(self._store, meta_key)
-        except BaseException:
-            self._store.close()
-            raise
-
-    def _move_aside(self) -> Path:
-        """Move the database out of the way, and drop what was moved there before. Returns where it is now."""
-        for path in self._path.parent.glob(f"{DATABASE}.corrupt-*"):
-            shutil.rmtree(path)
-        aside = self._path.with_name(f"{DATABASE}.corrupt-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
-        self._path.rename(aside)
-        self._suspect.unlink(missing_ok=True)
-        return aside
-
-    def _check_schema(self) -> None:
-        stored = self._store.get(_SCHEMA_KEY)
-        if stored is None:
-            with self._store.asking() as question:
-                if question.keys_under(b"", limit=1):
-                    raise BackendFormat(f"{self._path} is a Holt tree, but not an index of kvcensus")
-            self._store.write({_SCHEMA_KEY: NUMBER.pack(SCHEMA)}, lambda: None)
-        elif stored != NUMBER.pack(SCHEMA):
-            schema = int.from_bytes(stored, "big")
-            raise BackendFormat(f"{self._path} has schema {schema}, this version knows {SCHEMA}; it was left as it is")
+        super().__init__(directory, open_store, Reader, rebuild=on_corrupt is OnCorrupt.REBUILD)
 
     def name(self) -> str:
-        return "holt"
+        return DATABASE
 
-    def persistent(self) -> bool:
-        return True
-
-    def _write(self, change: Callable[[Batch], T], more: Mapping[bytes, bytes | None] | None = None) -> T:
-        """Make one change with one batch. On an error nothing of it is kept, here or in the database."""
-        batch = Batch(self._store, self._catalog)
-
-        changes: Changes = {}
-        try:
-            outcome = change(batch)
-            batch.fill(changes)
-            changes.update(more or {})
-            self._store.write(changes, self._written)
-        except BaseException:
-            self._reload()
-            raise
-        result = batch.result
-        self._puts += result.stored + result.copies_added + result.refreshed
-        self._removes += result.copies_removed
-        return outcome
-
-    def _written(self) -> None:
-        self._catalog.written()
-        self._totals = self._catalog.totals()
-
-    def _reload(self) -> None:
-        self._catalog = WriterCatalog(self._store, meta_key)
-        self._totals = self._catalog.totals()
-
-    def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
-        def change(batch: Batch) -> ApplyResult:
-            batch.run(operations)
-            return batch.result
-
-        return self._write(change, {cursor_key(cursor.stream): _encode(cursor) for cursor in cursors})
-
-    def forget_stream(self, stream: str) -> None:
-        self._write(lambda batch: None, {cursor_key(stream): None})
-
-    def put(self, residency: CacheResidency) -> None:
-        self._write(lambda batch: batch.put(residency))
-        self._puts += 1
-
-    def put_all(self, residencies: Sequence[CacheResidency]) -> None:
-        for at in range(0, len(residencies), _PUTS):
-            part = residencies[at : at + _PUTS]
-
-            def change(batch: Batch, part: Sequence[CacheResidency] = part) -> None:
-                for residency in part:
-                    batch.put(residency)
-
-            self._write(change)
-            self._puts += len(part)
-
-    def remove_block(self, scope: IdentityScope, worker_id: str, block_hash: bytes) -> int:
-        removed = self._write(lambda batch: batch.remove_scoped(scope, worker_id, block_hash))
-        self._removes += removed
-        return removed
-
-    def clear_worker(self, worker_id: str) -> int:
-        return self.apply([ClearBlocks(worker_id)]).cleared
-
-    def clear(self) -> None:
-        self._write(lambda batch: batch.clear_everything())
-        self._sweep_at = b""
-
-    def reclaim(self, rows: int) -> bool:
-        """Look at the next `rows` keys for those of places that were dead when the pass began."""
-        if not self._catalog.dead:
-            return False
-        if not self._sweep_at:
-            self._sweeping = frozenset(self._catalog.dead)
+    def _has_keys(self) -> bool:
         with self._store.asking() as question:
-            keys = question.block_keys(self._sweep_at, rows)
-        gone = [key for key in keys if place_of(key) in self._sweeping]
+            return bool(question.keys_under(b"", limit=1))
 
-        def change(batch: Batch) -> None:
-            batch.sweep(gone)
-            if not keys:
-                self._catalog.swept(self._sweeping)
+    def _block_keys(self, after: bytes, limit: int) -> list[bytes]:
+        with self._store.asking() as question:
+            return question.block_keys(after, limit)
 
-        self._write(change)
-        self._sweep_at = keys[-1] if keys else b""
-        return bool(self._catalog.dead)
+    def _batch(self) -> Batch:
+        return Batch(self._store.get_many, self._catalog)
 
-    def cursors(self) -> dict[str, Cursor]:
-        return self._reader.cursors()
-
-    def locate(self, key: KvBlockKey) -> list[CacheResidency]:
-        return [one for one in self.find(key.block_hash, key.scope) if one.key.group == key.group]
-
-    def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
-        return self._reader.find(block_hash, scope)
-
-    def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
-        return self._reader.prefix_scan(scope, prefix_hash)
-
-    def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
-        return self._reader.match(scope, block_hashes)
-
-    def holdings(self) -> list[Holding]:
-        return self._reader.holdings()
-
-    def snapshot(self) -> Iterator[CacheResidency]:
-        return self._reader.snapshot()
-
-    def __len__(self) -> int:
-        return self._totals[0]
-
-    def metrics(self) -> IndexMetrics:
-        records, size = self._totals
-        written = self._store.bytes_written
-        return IndexMetrics(records, size, self._puts, self._removes, self._reader.prefix_scans, written)
-
-    def stored_bytes(self) -> int:
-        return self._store.file_bytes()
+    def _commit(self, batch: Batch | None, more: More) -> None:
+        if batch is None:
+            self._store.write(dict(more), lambda: None)
+        else:
+            self._store.write(batch.changes() | dict(more), self._written)
 
     def health(self) -> StoreHealth:
         return StoreHealth(readers=self._store.readers())
-
-    def damage(self) -> BackendCorrupt | None:
-        return self._store.damage
-
-    def compact(self) -> None:
-        self._store.compact()
-
-    def close(self) -> None:
-        if damage := self.damage():
-            with suppress(OSError):
-                self._suspect.write_text(f"{damage}\n")
-        try:
-            self._store.close()
-        finally:
-            self._owner.release()
 
 
 def open_holt(directory: Path, options: Mapping[str, Any]) -> HoltBackend:

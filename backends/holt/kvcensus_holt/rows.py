@@ -46,11 +46,6 @@ _HASH_AT = 1 + 2 * len(_DIGITS[0])
 """Where in its name a hash begins."""
 
 
-def short_name(block_hash: bytes) -> bytes:
-    """A hash and its length before it, as it stands in a row."""
-    return LENGTH[len(block_hash)] + block_hash
-
-
 def name_of(block_hash: bytes) -> bytes:
     """A hash as it stands in a key."""
     checksum = crc32(block_hash)
