@@ -28,6 +28,9 @@ _WORKERS = 8
 _FIRST_S = 1_700_000_000.0
 _EVICTING_SHARE = 10
 """Engines of the trace `eviction` have room for one in so many of the blocks that they store."""
+_ROOM_SHARES = 2
+"""Those of the others have room for so many times their share of the trace: nothing has to go."""
+_LEAST_ROOM = 4096
 _LEAST_BLOCKS = 64
 _QUESTIONS_MAX = 5_000
 _CHAIN_BLOCKS_MAX = 64
@@ -91,7 +94,10 @@ def is_recording(name: str) -> bool:
 
 def _simulated(name: str, size: int) -> Iterator[Translation]:
     kind = SIMULATED[name]
-    blocks = max(_LEAST_BLOCKS, size // (_WORKERS * _EVICTING_SHARE) if kind.evicts else size)
+    if kind.evicts:
+        blocks = max(_LEAST_BLOCKS, size // (_WORKERS * _EVICTING_SHARE))
+    else:
+        blocks = max(_LEAST_ROOM, _ROOM_SHARES * size // _WORKERS)
     options = RankOptions(cache=CacheOptions(blocks, cpu_blocks=blocks if kind.evicts else 0), workload=kind.workload)
     ticks = count()
     ranks = [Rank(options, 0, seed, lambda: _FIRST_S + next(ticks) / 100) for seed in range(_WORKERS)]
