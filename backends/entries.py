@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from .matching import patience
-from .model import TIER_NUMBER, CacheTier, GroupSpec, IdentityScope, StoreRun
+from .model import TIER_NUMBER, CacheResidency, CacheTier, GroupSpec, IdentityScope, KvBlockKey, StoreRun
 
 
 class PlaceRow(msgspec.Struct, frozen=True, array_like=True):
@@ -37,6 +37,21 @@ class Entry(NamedTuple):
     size: int
     pinned: bool
     parent: bytes | None
+
+
+def residency(place: PlaceRow, scope: IdentityScope, block_hash: bytes, entry: Entry) -> CacheResidency:
+    """An entry of a block as the model has it, with its place and scope instead of their numbers."""
+    key = KvBlockKey.within(
+        scope,
+        block_hash,
+        prefix_hash=entry.parent,
+        block_index=None if entry.block_index < 0 else entry.block_index,
+        token_count=entry.tokens,
+        group=place.group,
+    )
+    return CacheResidency(
+        key, place.worker_id, place.tier, entry.size, entry.at_ms, entry.copies, entry.pinned, place.rank
+    )
 
 
 def merged(same: Entry, entry: Entry, count_copies: bool) -> Entry:

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar
 
 from . import placed_catalog
-from .entries import Entry, LivePlaces, PlaceRow
+from .entries import Entry, LivePlaces, PlaceRow, residency
 from .matching import Held, worker_matches
-from .model import CacheResidency, Cursor, Holding, IdentityScope, KvBlockKey, WorkerMatch
+from .model import CacheResidency, Cursor, Holding, IdentityScope, WorkerMatch
 from .placed_catalog import ScopeNames, read_counts, read_cursors
 from .placed_rows import NUMBER, scopes_in, unpack_row
 
@@ -119,17 +119,7 @@ class PlacedReader(ABC, Generic[QuestionT]):
                     yield self._residency(place, block_hash, entry)
 
     def _residency(self, place: PlaceRow, block_hash: bytes, entry: Entry) -> CacheResidency:
-        key = KvBlockKey.within(
-            self._scopes.scope(entry.scope),
-            block_hash,
-            prefix_hash=entry.parent,
-            block_index=None if entry.block_index < 0 else entry.block_index,
-            token_count=entry.tokens,
-            group=place.group,
-        )
-        return CacheResidency(
-            key, place.worker_id, place.tier, entry.size, entry.at_ms, entry.copies, entry.pinned, place.rank
-        )
+        return residency(place, self._scopes.scope(entry.scope), block_hash, entry)
 
 
 def _masks(rows_of_each: Iterable[list[Row]], live: LivePlaces, scope: int | None) -> dict[int, int]:

@@ -43,8 +43,6 @@ NOT_REACHED_YET = "not reached yet"
 
 log = get_logger("service")
 
-_OF_A_RELAY = {"relay"}
-"""Keys of the configuration that mean nothing here."""
 _RELOAD_WAIT_S = 10.0
 
 
@@ -163,7 +161,7 @@ class Service:
         return [
             key
             for key in config.__struct_fields__
-            if key not in _OF_A_RELAY and getattr(config, key) != getattr(self._config, key)
+            if key != "relay" and getattr(config, key) != getattr(self._config, key)
         ]
 
     def _reload_buses(self, config: Config) -> None:

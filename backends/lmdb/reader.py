@@ -12,7 +12,7 @@ import msgspec
 
 import lmdb
 
-from ..entries import Entry, LivePlaces, PlaceRow
+from ..entries import Entry, LivePlaces, PlaceRow, residency
 from ..errors import BackendCorrupt, BackendError
 from ..matching import Held, worker_matches
 from ..model import (
@@ -20,7 +20,6 @@ from ..model import (
     Cursor,
     Holding,
     IdentityScope,
-    KvBlockKey,
     WorkerMatch,
 )
 from .catalog import PlaceCache, ScopeNames, Tables
@@ -230,14 +229,4 @@ class LmdbReader:
         place = places.get(entry.place)
         if place is None:
             return None
-        key = KvBlockKey.within(
-            self._scopes.scope(txn, entry.scope),
-            block_hash,
-            prefix_hash=entry.parent,
-            block_index=None if entry.block_index < 0 else entry.block_index,
-            token_count=entry.tokens,
-            group=place.group,
-        )
-        return CacheResidency(
-            key, place.worker_id, place.tier, entry.size, entry.at_ms, entry.copies, entry.pinned, place.rank
-        )
+        return residency(place, self._scopes.scope(txn, entry.scope), block_hash, entry)

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from ..entries import Entry, LivePlaces, PlaceRow, live_places
+from ..entries import Entry, LivePlaces, PlaceRow, live_places, residency
 from ..errors import BackendCorrupt, BackendError
 from ..lmdb.catalog import ScopeNames, decode_places
 from ..lmdb.checks import UNDECODABLE
 from ..lmdb.rows import COUNT, HOLDER, LENGTH, PLACE, ROW, link_prefix, masks_by_head, row_key
 from ..lmdb.rows import unpack_row as unpack
 from ..matching import Held, worker_matches
-from ..model import CacheResidency, Cursor, Holding, IdentityScope, KvBlockKey, WorkerMatch
+from ..model import CacheResidency, Cursor, Holding, IdentityScope, WorkerMatch
 from .layout import BUCKETS, TABLES, VERSION, Command, Keys, bucket_of, found_rows, pairs
 from .server import Server
 
@@ -232,14 +232,4 @@ class ValkeyReader:
         place = (seen.places.rows if places is None else places).get(entry.place)
         if place is None:
             return None
-        key = KvBlockKey.within(
-            seen.scopes.scope(cast("Any", self), entry.scope),
-            block_hash,
-            prefix_hash=entry.parent,
-            block_index=None if entry.block_index < 0 else entry.block_index,
-            token_count=entry.tokens,
-            group=place.group,
-        )
-        return CacheResidency(
-            key, place.worker_id, place.tier, entry.size, entry.at_ms, entry.copies, entry.pinned, place.rank
-        )
+        return residency(place, seen.scopes.scope(cast("Any", self), entry.scope), block_hash, entry)
