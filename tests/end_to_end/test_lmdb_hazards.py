@@ -151,6 +151,8 @@ def test_a_full_disk_is_waited_out(tmp_path: Path) -> None:
         messages = [message(seq, stored(seq)) for seq in range(400)]
         settings = "[writer]\ncommit_max_blocks = 512\nqueue_max_messages = 20"
         with followed(tmp_path, messages, settings, disk / "data") as (engine, daemon):
+            engine.publish()
+            wait_until(lambda: daemon.stream()["last_seq"] == 0, "the first message is applied")
             ballast.write_bytes(bytes(shutil.disk_usage(disk).free - (1 << 20)))
             engine.publish_rest()
             wait_until(lambda: bool(problems(daemon)), "the daemon is not ready")
