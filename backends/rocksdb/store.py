@@ -359,7 +359,10 @@ class Store:
         """Close and open. Snapshots that are being read end with an error, questions wait."""
         with self._moment:
             self._end_readers()
-            self._db = None
+            db, self._db = self._db, None
+            if db is not None:
+                _end_work(db)
+                del db
             try:
                 with self._named():
                     self._db = self._open()
@@ -407,13 +410,10 @@ class Store:
             if db is None:
                 return
             self._end_readers()
-        try:
-            # Neither is needed, and on a full disk neither can be done: every batch is in the log.
-            with suppress(Exception):
-                db.flush_wal(sync=True)
-                db.close()
-        finally:
-            del db
+        with suppress(Exception):
+            # Not needed, and on a full disk not possible: every batch is in the log.
+            db.flush_wal(sync=True)
+        _end_work(db)
 
     def _end_readers(self) -> None:
         for pinned in list(self._pinned):
@@ -433,6 +433,14 @@ def _stalls() -> Iterator[None]:
         if _STALL not in str(error):
             raise
         raise _Stalled from None
+
+
+def _end_work(db: Rdict) -> None:
+    """To be called before the database is let go of: it would write to files what only its log has.
+
+    That needs no writing, the log is read again at the next opening; and on a full disk it would wait for ever.
+    """
+    db.cancel_all_background(wait=False)
 
 
 def options_for(resources: Resources) -> Options:

@@ -279,6 +279,8 @@ def test_a_damaged_block_is_found_when_it_is_read_and_the_index_is_refused_from_
     backend = RocksdbBackend(tmp_path)
     backend.apply([store(*chain(0, 5000))])
     backend.close()
+    # What only the log had is in a table after an opening.
+    RocksdbBackend(tmp_path).close()
     damage_a_table(tmp_path)
 
     backend = RocksdbBackend(tmp_path)
@@ -369,6 +371,9 @@ class Failing:
             self._database.write(batch, options)
         del self._database
         raise Exception("IO error: No space left on device")
+
+    def cancel_all_background(self, wait: bool) -> None:
+        """It is gone already."""
 
 
 @pytest.mark.parametrize("done", [False, True])
@@ -471,4 +476,41 @@ def test_an_index_on_a_full_disk_can_be_closed_and_opened_when_there_is_room(sma
     backend = RocksdbBackend(small_disk)
     assert backend.cursors()["s"].seq in (applied - 1, applied)
     assert len(backend) == len(list(backend.snapshot())) == (backend.cursors()["s"].seq + 1) * 256
+    backend.close()
+
+
+CLOSED_WHERE_FILES_CANNOT_BE_MERGED = """
+import os, sys
+from contextlib import suppress
+from pathlib import Path
+from kvcensus.backends.rocksdb.backend import RocksdbBackend
+from kvcensus.backends.rocksdb.options import Resources
+from tests.backends.building import store
+
+disk = Path(sys.argv[1])
+backend = RocksdbBackend(disk, resources=Resources(1 << 18))
+database = backend._store._db
+database.set_options({"level0_file_num_compaction_trigger": "1000", "level0_slowdown_writes_trigger": "2"})
+for number in range(80):
+    backend.apply([store(*(os.urandom(24) for _ in range(64))) for _ in range(4)])
+with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+    while file.write(bytes(4096)) == 4096:
+        pass
+# RocksDB says that it cannot keep the option, and takes it.
+with suppress(Exception):
+    database.set_options({"level0_file_num_compaction_trigger": "2"})
+del database
+print("closes", flush=True)
+backend.close()
+"""
+
+
+def test_a_close_does_not_wait_for_a_full_disk(small_disk: Path) -> None:
+    """RocksDB does not write one more file while too many wait to be merged, and these need room."""
+    closing = [sys.executable, "-c", CLOSED_WHERE_FILES_CANNOT_BE_MERGED, str(small_disk)]
+    ended = subprocess.run(closing, stdout=subprocess.PIPE, text=True, timeout=30, check=True)
+    assert ended.stdout == "closes\n"
+    (small_disk / "ballast").unlink()
+    backend = RocksdbBackend(small_disk)
+    assert len(list(backend.snapshot())) == 80 * 256
     backend.close()
