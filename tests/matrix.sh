@@ -1,7 +1,6 @@
 #!/bin/sh
 # Runs the unit tests of the last commit against its wheel, on each interpreter, with the lowest and the newest dependencies of its bounds.
 #     sh tests/matrix.sh [INTERPRETER…]      default: every python3.11 to python3.14 of the PATH and of pyenv
-# Run it in the foreground: a shell lets what runs in the background ignore SIGINT, which some tests send.
 # WORK names the folder for the environments, RESOLUTIONS which of `lowest-direct` and `highest` to try, PYTEST_ARGUMENTS goes to pytest.
 # What cannot be installed, or fails, ends it with 1 after all were tried. Interpreters that are not here are checked as far as that goes: every dependency has to have a wheel for them.
 set -eu
