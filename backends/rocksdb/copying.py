@@ -16,7 +16,7 @@ from rocksdict import AccessType, Rdict, RdictIter, ReadOptions, WriteBatch
 from ..errors import BackendError
 from .backend import DATABASE
 from .options import Resources
-from .store import options_for
+from .store import let_go, options_for
 
 _TRIES = 10
 """A file that is merged away before it is opened makes an attempt fail."""
@@ -36,7 +36,7 @@ def copy_database(directory: Path, into: Path) -> None:
                 raise
             raise BackendError(f"{directory / DATABASE} cannot be copied: {error}") from error
         finally:
-            target.close()
+            let_go(target)
 
 
 @contextmanager

@@ -359,10 +359,9 @@ class Store:
         """Close and open. Snapshots that are being read end with an error, questions wait."""
         with self._moment:
             self._end_readers()
-            db, self._db = self._db, None
-            if db is not None:
-                _end_work(db)
-                del db
+            if self._db is not None:
+                let_go(self._db)
+                self._db = None
             try:
                 with self._named():
                     self._db = self._open()
@@ -410,10 +409,7 @@ class Store:
             if db is None:
                 return
             self._end_readers()
-        with suppress(Exception):
-            # Not needed, and on a full disk not possible: every batch is in the log.
-            db.flush_wal(sync=True)
-        _end_work(db)
+        let_go(db)
 
     def _end_readers(self) -> None:
         for pinned in list(self._pinned):
@@ -435,12 +431,15 @@ def _stalls() -> Iterator[None]:
         raise _Stalled from None
 
 
-def _end_work(db: Rdict) -> None:
-    """To be called before the database is let go of: it would write to files what only its log has.
+def let_go(db: Rdict) -> None:
+    """Close a database, its log synced where that is possible, and leave what only the log has there.
 
-    That needs no writing, the log is read again at the next opening; and on a full disk it would wait for ever.
+    `Rdict.close` alone, or without it the end of the Rdict, writes that to files first. It is not needed, the log is
+    read at the next opening; and on a full disk it may wait for ever.
     """
     db.cancel_all_background(wait=False)
+    with suppress(Exception):  # it says that it could not write the files
+        db.close()
 
 
 def options_for(resources: Resources) -> Options:

@@ -375,6 +375,9 @@ class Failing:
     def cancel_all_background(self, wait: bool) -> None:
         """It is gone already."""
 
+    def close(self) -> None:
+        """It is gone already."""
+
 
 @pytest.mark.parametrize("done", [False, True])
 def test_a_batch_of_which_it_is_not_known_whether_it_was_written_is_written_once(
@@ -403,6 +406,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("cannot mount a small disk here")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def leave_no_room(disk: Path) -> Path:
+    """Fill the disk with a file, and return its path."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)) == 4096:
+            pass
+    return ballast
 
 
 def fill(backend: RocksdbBackend) -> int:
@@ -461,10 +473,7 @@ def test_a_full_disk_changes_nothing_and_is_survived(small_disk: Path, write_buf
 def test_a_small_index_goes_on_in_less_room_than_it_may_grow_to(small_disk: Path) -> None:
     """Somebody else filled the disk, and left only some MiB when they went."""
     backend = RocksdbBackend(small_disk)
-    ballast = small_disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, suppress(OSError):
-        while file.write(bytes(4096)) == 4096:
-            pass
+    ballast = leave_no_room(small_disk)
     applied = fill(backend)
     ballast.unlink()
     wait_for_room(backend, applied)
@@ -485,22 +494,16 @@ def test_an_index_on_a_full_disk_can_be_closed_and_opened_when_there_is_room(sma
 
 
 CLOSED_WHERE_FILES_CANNOT_BE_MERGED = """
-import os, sys
-from contextlib import suppress
-from pathlib import Path
-from kvcensus.backends.rocksdb.backend import RocksdbBackend
-from kvcensus.backends.rocksdb.options import Resources
-from tests.backends.building import store
+import sys
+from tests.backends.test_rocksdb import *
 
 disk = Path(sys.argv[1])
-backend = RocksdbBackend(disk, resources=Resources(1 << 18))
+backend = RocksdbBackend(disk, resources=SMALL)
 database = backend._store._db
 database.set_options({"level0_file_num_compaction_trigger": "1000", "level0_slowdown_writes_trigger": "2"})
 for number in range(80):
-    backend.apply([store(*(os.urandom(24) for _ in range(64))) for _ in range(4)])
-with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
-    while file.write(bytes(4096)) == 4096:
-        pass
+    backend.apply(runs(number, 4))
+leave_no_room(disk)
 # RocksDB says that it cannot keep the option, and takes it.
 with suppress(Exception):
     database.set_options({"level0_file_num_compaction_trigger": "2"})
