@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from kvcensus.translators.translation import Rejection
 
+from .streams.verdicts import Apply, Fence, NewEpoch, Retire
+
 if TYPE_CHECKING:
     from .followed import Followed
-    from .streams.verdicts import Apply, Fence, NewEpoch, Retire
 
 
 class Barrier(msgspec.Struct, frozen=True):
@@ -37,9 +39,44 @@ class Refuse(msgspec.Struct, frozen=True):
     rejection: Rejection
 
 
-Item = tuple["Followed", "Apply | NewEpoch | Fence | Barrier | Retire | Advance | Refuse"]
+What = Apply | NewEpoch | Fence | Barrier | Retire | Advance | Refuse
+Item = tuple["Followed", What]
 
 _OVERHEAD_BYTES = 128
+
+
+class Burst:
+    """Items that go to the queue together, in order. Messages of a stream that follow one another become one item."""
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        self.items: list[Item] = []
+        self.messages = 0
+        """Messages, and each thing that is none."""
+        self.payload_bytes = 0
+        self._last: dict[Followed, Apply] = {}
+        for stream, what in items:
+            self.add(stream, what)
+
+    def add(self, stream: Followed, what: What) -> None:
+        """The next item. What it carries of payloads is taken over."""
+        if not isinstance(what, Apply):
+            self._last.pop(stream, None)
+            self.items.append((stream, what))
+            self.messages += 1
+            return
+        self.messages += len(what.payloads)
+        self.payload_bytes += sum(map(len, what.payloads))
+        last = self._last.get(stream)
+        if last is not None and last.after == what.seq:
+            last.payloads.extend(what.payloads)
+        else:
+            self._last[stream] = what
+            self.items.append((stream, what))
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about."""
+        return self.payload_bytes + _OVERHEAD_BYTES * self.messages
 
 
 class FrameQueue:
@@ -52,7 +89,7 @@ class FrameQueue:
     def __init__(self, max_messages: int, max_bytes: int) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
-        self._bursts: deque[tuple[list[Item], int]] = deque()
+        self._bursts: deque[Burst] = deque()
         self._messages = 0
         self._bytes = 0
         self._closed = False
@@ -60,35 +97,33 @@ class FrameQueue:
         self._filled = threading.Condition(self._lock)
         self._drained = threading.Condition(self._lock)
 
-    def put(self, burst: list[Item], payload_bytes: int) -> bool:
+    def put(self, burst: Burst) -> bool:
         """Append items in order, waiting for room. False when the queue is closed and they were not taken.
 
-        `payload_bytes` is the size of their payloads. A burst goes in whole once there is any room, so it may pass the
-        bounds.
+        A burst goes in whole once there is any room, so it may pass the bounds.
         """
         with self._lock:
             while not self._closed and not self.has_room():
                 self._drained.wait()
             if self._closed:
                 return False
-            self._append(burst, payload_bytes)
+            self._append(burst)
         return True
 
-    def offer(self, burst: list[Item], payload_bytes: int) -> bool:
+    def offer(self, burst: Burst) -> bool:
         """As `put`, for a caller that must not wait. False when there is no room now; a closed queue takes nothing."""
         with self._lock:
             if self._closed:
                 return True
             if not self.has_room():
                 return False
-            self._append(burst, payload_bytes)
+            self._append(burst)
         return True
 
-    def _append(self, burst: list[Item], payload_bytes: int) -> None:
-        size = payload_bytes + _OVERHEAD_BYTES * len(burst)
-        self._bursts.append((burst, size))
-        self._messages += len(burst)
-        self._bytes += size
+    def _append(self, burst: Burst) -> None:
+        self._bursts.append(burst)
+        self._messages += burst.messages
+        self._bytes += burst.size
         self._filled.notify()
 
     def take(self, timeout_s: float) -> list[Item]:
@@ -102,11 +137,11 @@ class FrameQueue:
                 self._filled.wait(left)
             if not self._bursts:
                 return []
-            burst, size = self._bursts.popleft()
-            self._messages -= len(burst)
-            self._bytes -= size
+            burst = self._bursts.popleft()
+            self._messages -= burst.messages
+            self._bytes -= burst.size
             self._drained.notify_all()
-        return burst
+        return burst.items
 
     def close(self) -> None:
         """Take nothing more; what is queued can still be taken."""

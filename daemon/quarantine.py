@@ -29,7 +29,6 @@ from .logs import get_logger
 
 if TYPE_CHECKING:
     from .followed import Followed
-    from .streams.verdicts import Apply
 
 QUARANTINE_FILE = "quarantine.sqlite"
 SCHEMA = 1
@@ -133,9 +132,11 @@ class Quarantine:
         self._again_s = self._trim_s = 0.0
         self.flush()
 
-    def add(self, stream: Followed, rank: int | None, epoch: int, message: Apply, rejection: Rejection) -> None:
+    def add(
+        self, stream: Followed, rank: int | None, epoch: int, seq: int, payload: bytes, rejection: Rejection
+    ) -> None:
         """Take what was refused of a message; `flush` writes it. Over the limit of a frame it is cut."""
-        raw = message.payload if rejection.event is None else rejection.raw
+        raw = payload if rejection.event is None else rejection.raw
         field, detail = printable(rejection.field), printable(rejection.detail)
         entry = Entry(
             at_ms=time.time_ns() // 1_000_000,
@@ -144,7 +145,7 @@ class Quarantine:
             engine=stream.engine,
             rank=stream.rank if rank is None else rank,
             epoch=epoch,
-            seq=message.seq,
+            seq=seq,
             event=WHOLE_PAYLOAD if rejection.event is None else rejection.event,
             reason=rejection.reason,
             field=field,

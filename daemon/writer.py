@@ -167,7 +167,7 @@ class Writer(threading.Thread):
             progress = self._progress_of(stream)
             progress.seq, progress.life = what.position, what.life
         elif isinstance(what, Refuse):
-            self._reject(stream, self._progress_of(stream), Apply(what.seq, what.payload), what.rejection)
+            self._reject(stream, self._progress_of(stream), what.seq, what.payload, what.rejection)
 
     def _progress_of(self, stream: Followed) -> Progress:
         progress = self._progress.get(stream)
@@ -202,46 +202,48 @@ class Writer(threading.Thread):
 
     def _apply(self, stream: Followed, message: Apply) -> None:
         progress = self._progress.get(stream) or self._progress_of(stream)
-        payload = message.payload
+        payloads = message.payloads
+        together = stream.translator.translate_all(payloads, progress.facts) if progress.worker_id else None
+        if together is not None and together.translation.rank == progress.rank:
+            self._take(stream, progress, together.translation)
+            progress.engine_ms += together.times_ms
+        else:
+            for seq, payload in enumerate(payloads, message.seq):
+                self._apply_one(stream, progress, seq, payload)
+        progress.seq = message.after - 1
+        progress.payload = payloads[-1]
+        progress.messages += len(payloads)
+        stream.applied.messages += len(payloads)
+        self._blocks += len(payloads)
+
+    def _apply_one(self, stream: Followed, progress: Progress, seq: int, payload: bytes) -> None:
+        """A message that is not taken together with others: what is refused of it has its number."""
         translation = stream.translator.translate(payload, progress.facts)
-        applied = stream.applied
-        progress.seq = message.seq
-        progress.payload = payload
-        progress.messages += 1
-        applied.messages += 1
         if translation.rank != progress.rank or not progress.worker_id or translation.rejections:
             self._check_rank(stream, progress, translation, payload)
-        progress.facts = translation.facts
+        self._take(stream, progress, translation)
         if translation.engine_ms:
             progress.engine_ms.append(translation.engine_ms)
-        self._count_events(applied.events, translation)
-        blocks = 1
-        for operation in translation.operations:
-            if isinstance(operation, StoreRun):
-                stored = len(operation.block_hashes)
-                blocks += stored
-                progress.stored += stored
-                applied.blocks_stored += stored
-            elif isinstance(operation, RemoveBlocks):
-                removed = len(operation.block_hashes)
-                blocks += removed
-                progress.removed += removed
-                applied.blocks_removed += removed
-            elif operation.tier is None:
-                progress.set_trust(Trust.FRESH, "")
-        self._blocks += blocks
-        self._operations += translation.operations
         for rejection in translation.rejections:
-            self._reject(stream, progress, message, rejection)
+            self._reject(stream, progress, seq, payload, rejection)
 
-    @staticmethod
-    def _count_events(events: dict[str, int], translation: Translation) -> None:
-        if translation.stored_events:
-            events["stored"] += translation.stored_events
-        if translation.removed_events:
-            events["removed"] += translation.removed_events
-        if translation.cleared_events:
-            events["cleared"] += translation.cleared_events
+    def _take(self, stream: Followed, progress: Progress, translation: Translation) -> None:
+        """Put the operations of one or more messages on the batch."""
+        operations, applied = translation.operations, stream.applied
+        stored = sum([len(one.block_hashes) for one in operations if isinstance(one, StoreRun)])
+        removed = sum([len(one.block_hashes) for one in operations if isinstance(one, RemoveBlocks)])
+        progress.facts = translation.facts
+        progress.stored += stored
+        progress.removed += removed
+        applied.blocks_stored += stored
+        applied.blocks_removed += removed
+        applied.events["stored"] += translation.stored_events
+        applied.events["removed"] += translation.removed_events
+        applied.events["cleared"] += translation.cleared_events
+        if any(isinstance(one, ClearBlocks) and one.tier is None for one in operations):
+            progress.set_trust(Trust.FRESH, "")
+        self._blocks += stored + removed
+        self._operations += operations
 
     def _check_rank(self, stream: Followed, progress: Progress, translation: Translation, payload: bytes) -> None:
         """A stream is of one rank: the configured one, or that of its first message."""
@@ -263,11 +265,10 @@ class Writer(threading.Thread):
                 )
             )
 
-    def _reject(self, stream: Followed, progress: Progress, message: Apply, rejection: Rejection) -> None:
-        seq = message.seq
+    def _reject(self, stream: Followed, progress: Progress, seq: int, payload: bytes, rejection: Rejection) -> None:
         stream.applied.rejections[rejection.reason] += 1
         if self._quarantine is not None:
-            self._quarantine.add(stream, progress.rank, progress.epoch, message, rejection)
+            self._quarantine.add(stream, progress.rank, progress.epoch, seq, payload, rejection)
         if rejection.reason not in _HARMLESS and progress.trust != Trust.UNTRUSTED:
             progress.set_trust(Trust.UNTRUSTED, f"message {seq} was refused: {rejection.detail}"[:300])
         now = time.monotonic()

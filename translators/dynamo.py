@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -32,7 +33,7 @@ from .dynamo_envelope import (
 from .events import BadEvent
 from .hashes import HASHES_MAX, PATTERN_BYTES, BadHash, hash_bytes, hashes_bytes
 from .media import Media
-from .translation import ClearScope, Rejection, RejectReason, Translation, TranslatorOptions, worker_id_of
+from .translation import ClearScope, Rejection, RejectReason, Together, Translation, TranslatorOptions, worker_id_of
 from .wire import UNDECODABLE, Rank, explained
 
 POSITION_MAX = 1 << 30
@@ -133,6 +134,10 @@ class DynamoTranslator:
                 except BadEvent as bad:
                     self._refuse(bad, position, packed_events(inner), result)
         return result
+
+    def translate_all(self, payloads: Sequence[bytes], facts: int) -> Together | None:
+        """One by one: a message may be about other workers, too. See `translation.Translator`."""
+        return None
 
     def _is_own(self, event: RouterEvent) -> bool:
         worker, rank, domain = self._address

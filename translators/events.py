@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -12,7 +13,7 @@ from kvcensus.backends.model import ROOT, CacheTier, ClearBlocks, RemoveBlocks, 
 from .hashes import HASHES_MAX, BadHash, hash_bytes, unpack_hashes
 from .media import Media
 from .packed import array_length
-from .translation import Rejection, RejectReason, Translation, TranslatorOptions, worker_id_of
+from .translation import Rejection, RejectReason, Together, Translation, TranslatorOptions, worker_id_of
 from .wire import UNDECODABLE, AllBlocksCleared, Batch, RemovedEvent, StoredEvent, WireDecoder, raw_events
 
 INTEGER_HASHES_SEEN = 1
@@ -65,10 +66,37 @@ class EventTranslator(ABC, Generic[StoredT, RemovedT]):
         batch = self._decoder.decode(payload)
         if not isinstance(batch, Batch):
             return Translation([], [batch], facts=facts)
+        result = Translation([], [], rank=batch.rank, facts=facts)
+        self._take(batch, payload, result)
+        return result
+
+    def translate_all(self, payloads: Sequence[bytes], facts: int) -> Together | None:
+        """Translate payloads as `translate` does each in turn. See `translation.Translator`."""
+        batches = self._decoder.decode_all(payloads)
+        if batches is None:
+            return None
+        rank = batches[0].rank
+        result = Translation([], [], rank=rank, facts=facts)
+        times_ms = []
+        for batch, payload in zip(batches, payloads):
+            self._take(batch, payload, result)
+            if result.rejections or batch.rank != rank:
+                return None
+            times_ms.append(result.engine_ms)
+        return Together(result, times_ms)
+
+    def _take(
+        self,
+        batch: Batch[StoredT | RemovedT | AllBlocksCleared] | Batch[StoredT | RemovedT | AllBlocksCleared | Rejection],
+        payload: bytes,
+        result: Translation,
+    ) -> None:
+        """Add what a payload comes to."""
         seconds, rank = batch.ts, batch.rank
-        known_time = 0 <= seconds < _CLOCK_END_S
-        result = Translation([], [], int(seconds * 1000) if known_time else 0, rank, 0, 0, 0, facts)
-        if not known_time:
+        result.hashes = 0
+        if 0 <= seconds < _CLOCK_END_S:
+            result.engine_ms = int(seconds * 1000)
+        else:
             detail = f"the engine's clock says {seconds}, which is no time; the events were taken without one"
             result.rejections.append(Rejection(RejectReason.PAYLOAD, detail, "ts"))
         if rank != self._rank:
@@ -92,7 +120,6 @@ class EventTranslator(ABC, Generic[StoredT, RemovedT]):
                 where = f"events[{position}].{bad.field}"
                 raws = raws or raw_events(payload)
                 result.rejections.append(Rejection(bad.reason, str(bad), where, position, bytes(raws[position])))
-        return result
 
     def _tier(self, medium: str | None) -> CacheTier:
         tier = self._media.tier_of(medium)

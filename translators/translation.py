@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -62,6 +63,13 @@ class Translation(msgspec.Struct, gc=False):
     hashes: int = 0
 
 
+class Together(NamedTuple):
+    """Several payloads as if they were one, with the engine's clock at each that tells it, in ms since the epoch."""
+
+    translation: Translation
+    times_ms: list[int]
+
+
 class ClearScope(StrEnum):
     """What AllBlocksCleared clears: every tier of the worker, or only its device memory."""
 
@@ -102,6 +110,12 @@ class Translator(Protocol):
 
     def translate(self, payload: bytes, facts: int) -> Translation:
         """Translate one payload. Never raises for what a peer sent: that becomes rejections."""
+
+    def translate_all(self, payloads: Sequence[bytes], facts: int) -> Together | None:
+        """Translate payloads as `translate` does each in turn. None where they have to be taken one by one.
+
+        They have when something is refused, or when they are of several ranks.
+        """
 
 
 def worker_id_of(worker: str, rank: int | None) -> str:

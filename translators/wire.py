@@ -128,6 +128,13 @@ class WireDecoder(Generic[EventT]):
         self._first, self._second = self._second, self._first
         return batch
 
+    def decode_all(self, payloads: Sequence[bytes]) -> list[Batch[EventT]] | None:
+        """The batches of payloads, None unless every one can be read as the last one was. Never raises."""
+        try:
+            return list(map(self._first, payloads))
+        except UNDECODABLE:
+            return None
+
     def _take_apart(self, payload: bytes) -> Batch[EventT | Rejection] | Rejection:
         try:
             envelope = _decode_envelope(payload)

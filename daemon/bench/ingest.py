@@ -20,9 +20,8 @@ from kvcensus.translators.translation import TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 
 from ..followed import FollowedStream
-from ..frame_queue import FrameQueue, Item
+from ..frame_queue import Burst, FrameQueue
 from ..streams.state import StreamLimits
-from ..streams.verdicts import Verdict
 from ..writer import Writer, WriterOptions
 from .frames import Workload
 
@@ -103,14 +102,13 @@ def frames_to_index(workload: Workload, backend: IndexBackend, options: WriterOp
     gc.collect()
     writer.start()
     started = time.perf_counter()
-    live = stream.state.live
     messages = workload.messages
     for first in range(0, len(messages), _BURST):
-        verdicts: list[Verdict] = []
-        for seq in range(first, min(first + _BURST, len(messages))):
-            verdicts += live(seq, messages[seq], 0)
-        burst: list[Item] = [(stream, verdict) for verdict in verdicts]  # type: ignore[misc]
-        queue.put(burst, sum(map(len, messages[first : first + _BURST])))
+        payloads = messages[first : first + _BURST]
+        burst = Burst()
+        for verdict in stream.state.live_all([*range(first, first + len(payloads))], payloads, 0):
+            burst.add(stream, verdict)  # type: ignore[arg-type]
+        queue.put(burst)
     queue.close()
     writer.join()
     elapsed = time.perf_counter() - started

@@ -120,10 +120,12 @@ class Spooler(threading.Thread):
         if progress is None:
             progress = self._progress[stream] = Progress(stream.cursor)
         if isinstance(what, Apply):
-            progress.seq, progress.payload = what.seq, what.payload
-            progress.messages += 1
-            self._streams[stream.stream].counters.spooled += 1
-            self._add(stream, progress, Control.NONE, what.payload)
+            self._streams[stream.stream].counters.spooled += len(what.payloads)
+            progress.messages += len(what.payloads)
+            progress.payload = what.payloads[-1]
+            for seq, payload in enumerate(what.payloads, what.seq):
+                progress.seq = seq
+                self._add(stream, progress, Control.NONE, payload)
         elif isinstance(what, NewEpoch):
             progress.epoch, progress.seq, progress.payload, progress.fingerprint = what.epoch, -1, None, b""
             progress.messages = 0

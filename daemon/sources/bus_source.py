@@ -5,12 +5,12 @@ The thread that receives owns it. Everybody else only reads whole values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from kvcensus.backends.model import Cursor
-from kvcensus.translators.translation import Rejection, RejectReason, Translation
+from kvcensus.translators.translation import Rejection, RejectReason, Together, Translation
 
 from ..claims import Claims
 from ..config import OnFence, SourceType
@@ -269,6 +269,9 @@ class _Untranslated:
     def translate(self, payload: bytes, facts: int) -> Translation:
         detail = "nobody knows whose events these are"
         return Translation([], [Rejection(RejectReason.PAYLOAD, detail, raw=payload)], facts=facts)
+
+    def translate_all(self, payloads: Sequence[bytes], facts: int) -> Together | None:
+        return None
 
 
 def _report(bus: str, key: str, verdict: NewEpoch | Fence | Retire) -> None:

@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 from kvcensus.translators.dynamo_envelope import DEFAULT_SUBJECTS
 
 from ..config import NatsConfig, SourceType
-from ..frame_queue import FrameQueue, Item
+from ..frame_queue import Burst, FrameQueue, Item
 from ..logs import get_logger
 from ..relay.convention import EVENTS_PREFIX, every_subject
 from .bus_source import BusSource
@@ -41,24 +41,23 @@ class Outlet:
     def __init__(self, queue: FrameQueue) -> None:
         self._queue = queue
         self._lock = asyncio.Lock()
-        self._items: list[Item] = []
-        self._bytes = 0
+        self._burst = Burst()
 
     def __len__(self) -> int:
-        """Items that are not handed over yet."""
-        return len(self._items)
+        """Messages, and whatever else there is, that are not handed over yet."""
+        return self._burst.messages
 
-    def add(self, items: list[Item], payload_bytes: int = 0) -> None:
+    def add(self, items: list[Item]) -> None:
         """Items for the next burst."""
-        self._items += items
-        self._bytes += payload_bytes
+        for stream, what in items:
+            self._burst.add(stream, what)
 
     async def flush(self) -> None:
         """Hand over what was added, as one burst. Returns when the queue has it, or is closed."""
         async with self._lock:
-            while self._items and not self._queue.offer(self._items, self._bytes):
+            while self._burst.items and not self._queue.offer(self._burst):
                 await asyncio.sleep(_ROOM_LOOK_S)
-            self._items, self._bytes = [], 0
+            self._burst = Burst()
 
 
 class NatsBus:
@@ -128,7 +127,7 @@ class NatsBus:
         bus.counters.bytes += size
         settings = bus.settings
         opening = open_message(settings.type, settings.worker_prefix, message.subject, message.headers, payload)
-        self.outlet.add(bus.take(opening, payload), size)
+        self.outlet.add(bus.take(opening, payload))
 
     async def take_sign_of_life(self, message: Msg) -> None:
         """One sign of life of a relay."""

@@ -16,7 +16,7 @@ import zmq
 
 from ..credentials import CredentialError
 from ..followed import FollowedStream, monotonic_ms
-from ..frame_queue import Barrier, FrameQueue, Item
+from ..frame_queue import Barrier, Burst, FrameQueue, Item
 from ..logs import get_logger
 from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, Retire, StopReplay, Verdict
 from .bus_source import BusSource
@@ -70,8 +70,7 @@ class ZmqIntake(threading.Thread):
         """What is followed, also while its endpoint cannot be used."""
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
-        self._out: list[Item] = []
-        self._out_bytes = 0
+        self._out = Burst()
         self.error: BaseException | None = None
 
     def add(self, stream: FollowedStream, options: ZmqOptions) -> None:
@@ -92,7 +91,7 @@ class ZmqIntake(threading.Thread):
 
     def barrier(self, stream: FollowedStream, barrier: Barrier) -> None:
         """Queue a barrier behind everything received so far."""
-        self._commands.put(lambda: self._out.append((stream, barrier)))
+        self._commands.put(lambda: self._out.add(stream, barrier))
 
     def stop(self) -> None:
         """End the thread; nothing more is received."""
@@ -129,7 +128,7 @@ class ZmqIntake(threading.Thread):
         ready = self._ready()
         now = monotonic_ms()
         for bus in self._buses.values():
-            self._out += bus.step(now, bus.live in ready)
+            self._add(bus.step(now, bus.live in ready))
         for link in list(self._links.values()):
             self._read_monitor(link, now)
             if link.replay is not None and link.replay in ready:
@@ -202,8 +201,8 @@ class ZmqIntake(threading.Thread):
         if link is not None:
             link.close()
         if retire:
-            self._out += bus.retire()
-        self._out.append((bus.position, committed))
+            self._add(bus.retire())
+        self._out.add(bus.position, committed)
         self._flush()
 
     def _close(self, name: str, retire: bool) -> None:
@@ -212,7 +211,7 @@ class ZmqIntake(threading.Thread):
         if link is not None:
             link.close()
         if retire and isinstance(stream, FollowedStream):
-            self._out.append((stream, Retire()))
+            self._out.add(stream, Retire())
         self._flush()
 
     def _read_monitor(self, link: _Link, now: int) -> None:
@@ -258,22 +257,22 @@ class ZmqIntake(threading.Thread):
 
     def _read_live(self, link: _Link, now: int, most: int = BURST_MESSAGES) -> None:
         stream = link.stream
-        intake = stream.intake
-        for _ in range(most):
-            try:
+        seqs: list[int] = []
+        payloads: list[bytes] = []
+        with suppress(zmq.Again):
+            for _ in range(most):
                 frames = receive(link.live)
-            except zmq.Again:
-                break
-            intake.messages += 1
-            if len(frames) != 3 or len(frames[1]) != 8:
-                intake.malformed += 1
+                stream.intake.messages += 1
+                if len(frames) == 3 and len(frames[1]) == 8:
+                    seqs.append(int.from_bytes(frames[1], "big"))
+                    payloads.append(frames[2])
+                    continue
+                stream.intake.malformed += 1
                 log.warning(
                     "message_malformed", source=stream.source, stream=stream.stream, frames=[len(f) for f in frames]
                 )
-                continue
-            payload = frames[2]
-            intake.bytes += len(payload)
-            self._carry_out(link, stream.state.live(int.from_bytes(frames[1], "big"), payload, now))
+        stream.intake.bytes += sum(map(len, payloads))
+        self._carry_out(link, stream.state.live_all(seqs, payloads, now))
         self._flush()
 
     def _read_replay(self, link: _Link, now: int) -> None:
@@ -300,8 +299,7 @@ class ZmqIntake(threading.Thread):
     def _carry_out(self, link: _Link, verdicts: list[Verdict]) -> None:
         for verdict in verdicts:
             if isinstance(verdict, Apply):
-                self._out.append((link.stream, verdict))
-                self._out_bytes += len(verdict.payload)
+                self._out.add(link.stream, verdict)
             elif isinstance(verdict, AskReplay):
                 log.debug("replay_asked", source=link.stream.source, stream=link.stream.stream, start=verdict.start)
                 link.ask(verdict.start)
@@ -309,7 +307,7 @@ class ZmqIntake(threading.Thread):
                 link.stop_replay()
             else:
                 self._report(link, verdict)
-                self._out.append((link.stream, verdict))
+                self._out.add(link.stream, verdict)
 
     def _report(self, link: _Link, verdict: NewEpoch | Fence) -> None:
         stream = link.stream
@@ -329,7 +327,10 @@ class ZmqIntake(threading.Thread):
 
     def _flush(self) -> None:
         """Hand over what the verdicts produced. Waits while the queue is full: nothing is read meanwhile."""
-        if self._out:
-            burst, self._out = self._out, []
-            size, self._out_bytes = self._out_bytes, 0
-            self._queue.put(burst, size)
+        if self._out.items:
+            burst, self._out = self._out, Burst()
+            self._queue.put(burst)
+
+    def _add(self, items: list[Item]) -> None:
+        for stream, what in items:
+            self._out.add(stream, what)

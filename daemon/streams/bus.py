@@ -278,7 +278,7 @@ class Bus:
             worker.recent[seq] = hash(delivery.payload)
             if len(worker.recent) > RECENT_MESSAGES:
                 del worker.recent[next(iter(worker.recent))]
-        return Apply(seq, delivery.payload)
+        return Apply(seq, [delivery.payload])
 
     def _is_duplicate(self, worker: WorkerLife, name: str, delivery: Delivery) -> bool:
         if delivery.epoch > worker.life or delivery.seq < 0:

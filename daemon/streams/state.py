@@ -6,7 +6,8 @@ Times are monotonic milliseconds given by the caller. Every method returns verdi
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import deque
+from itertools import islice
 from operator import itemgetter
 
 import msgspec
@@ -18,7 +19,8 @@ from ..status import StreamState, Trust
 from .verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Verdict, fingerprint
 
 RECENT_MESSAGES = 8192
-"""Messages remembered to tell a duplicate from a restart. The overlap of a replay with live messages fits."""
+"""Messages remembered, and at times twice as many, to tell a duplicate from a restart. The overlap of a replay with
+live messages fits."""
 
 
 class StreamLimits(msgspec.Struct, frozen=True):
@@ -60,7 +62,7 @@ class Stream:
         self._fingerprint = cursor.fingerprint if cursor else b""
         self._last_payload: bytes | None = None
         self._last_live: int | None = None
-        self._recent: OrderedDict[int, int] = OrderedDict()
+        self._recent: dict[int, int] = {}
         self._held: deque[tuple[int, bytes]] = deque()
         self._replay: _Replay | None = None
         self._attempts = 0
@@ -140,10 +142,24 @@ class Stream:
             return verdicts
         self._probe_at_ms = now_ms + self._limits.probe_ms
         if not backwards and seq == self.applied + 1 and self._verified:
-            self._accept(seq, payload)
-            verdicts.append(Apply(seq, payload))
+            verdicts.append(self._accept(seq, [payload]))
             return verdicts
         return verdicts + self._judge(seq, payload, now_ms)
+
+    def live_all(self, seqs: list[int], payloads: list[bytes], now_ms: int) -> list[Verdict]:
+        """Messages of the live socket: what `live` comes to for each in turn. The list of payloads is given away."""
+        first = self.applied + 1
+        undisturbed = self._connected and self._verified and self._replay is None
+        forwards = self._last_live is None or self._last_live < first
+        if seqs and undisturbed and forwards and seqs == [*range(first, first + len(seqs))]:
+            self.life_at_ms = now_ms
+            self._probe_at_ms = now_ms + self._limits.probe_ms
+            self._last_live = seqs[-1]
+            return [self._accept(first, payloads)]
+        verdicts: list[Verdict] = []
+        for seq, payload in zip(seqs, payloads):
+            verdicts += self.live(seq, payload, now_ms)
+        return verdicts
 
     def replayed(self, seq: int, payload: bytes, now_ms: int) -> list[Verdict]:
         """An answer of the replay socket to the last request."""
@@ -172,8 +188,7 @@ class Stream:
             return self._hole(seq, payload, now_ms)
         self._attempts = 0
         self._counters.replayed += 1
-        self._accept(seq, payload)
-        return [Apply(seq, payload)]
+        return [self._accept(seq, [payload])]
 
     def replay_ended(self, now_ms: int) -> list[Verdict]:
         """The end marker of the last request. It proves nothing about completeness; the numbers do."""
@@ -263,8 +278,7 @@ class Stream:
         if seq > self.applied + 1:
             verdicts += self._fence_before(seq, "messages were missed and there is no replay socket")
         self._verified = True
-        self._accept(seq, payload)
-        verdicts.append(Apply(seq, payload))
+        verdicts.append(self._accept(seq, [payload]))
         return verdicts
 
     def _first_of_history(self, seq: int, payload: bytes) -> list[Verdict]:
@@ -279,8 +293,7 @@ class Stream:
         self._verified = True
         self._attempts = 0
         self._counters.replayed += 1
-        self._accept(seq, payload)
-        verdicts.append(Apply(seq, payload))
+        verdicts.append(self._accept(seq, [payload]))
         return verdicts
 
     def _hole(self, seq: int, payload: bytes, now_ms: int) -> list[Verdict]:
@@ -294,8 +307,7 @@ class Stream:
         else:
             verdicts += self._fence_before(seq, "the engine's replay has a hole")
         self._verified = True
-        self._accept(seq, payload)
-        return [*verdicts, Apply(seq, payload)]
+        return [*verdicts, self._accept(seq, [payload])]
 
     def _another_life(self, reason: str, now_ms: int) -> list[Verdict]:
         self._counters.restarts += 1
@@ -314,8 +326,7 @@ class Stream:
                     return verdicts + self._ask(now_ms)
                 self._counters.duplicates += 1
             elif seq == self.applied + 1:
-                self._accept(seq, payload)
-                verdicts.append(Apply(seq, payload))
+                verdicts.append(self._accept(seq, [payload]))
             elif self._limits.replay and self._attempts < self._limits.replay_attempts:
                 return verdicts + self._ask(now_ms)
             else:
@@ -348,13 +359,15 @@ class Stream:
         self._held.append((seq, payload))
         self._counters.held = len(self._held)
 
-    def _accept(self, seq: int, payload: bytes) -> None:
-        self.applied = seq
-        self._last_payload = payload
-        recent = self._recent
-        recent[seq] = hash(payload)
-        if len(recent) > RECENT_MESSAGES:
-            recent.popitem(last=False)
+    def _accept(self, seq: int, payloads: list[bytes]) -> Apply:
+        """Messages from this number on are applied."""
+        self.applied = seq + len(payloads) - 1
+        self._last_payload = payloads[-1]
+        self._recent.update(enumerate(map(hash, payloads), seq))
+        surplus = len(self._recent) - RECENT_MESSAGES
+        if surplus > RECENT_MESSAGES:
+            self._recent = dict(islice(self._recent.items(), surplus, None))
+        return Apply(seq, payloads)
 
     def _is_held(self, seq: int, payload: bytes) -> bool:
         """What is held has ascending numbers: the first one that does not ascend empties it."""

@@ -8,10 +8,15 @@ import msgspec
 
 
 class Apply(msgspec.Struct, frozen=True, gc=False):
-    """Translate and apply this message. It is the next one of its epoch."""
+    """Translate and apply these messages. They are the next ones of their epoch, numbered from `seq` on."""
 
     seq: int
-    payload: bytes
+    payloads: list[bytes]
+
+    @property
+    def after(self) -> int:
+        """The number of the message that follows."""
+        return self.seq + len(self.payloads)
 
 
 class NewEpoch(msgspec.Struct, frozen=True):

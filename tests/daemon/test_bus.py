@@ -323,7 +323,7 @@ class BusMachine(RuleBasedStateMachine):
         lost = self.wire.pop(data.draw(st.integers(0, len(self.wire) - 1)))
         self.lossy.add((lost[0].lineage, lost[0].epoch))
 
-    @precondition(lambda self: self.wire)
+    @precondition(lambda self: 0 < len(self.wire) <= 64)
     @rule(data=st.data())
     def repeat(self, data: st.DataObject) -> None:
         """A relay goes back to what was not acknowledged, and sends it and all after it again."""

@@ -23,7 +23,7 @@ from kvcensus.daemon import quarantine
 from kvcensus.daemon.config import Config, InvalidValue, QuarantineConfig
 from kvcensus.daemon.counters import DropCause
 from kvcensus.daemon.followed import FollowedStream
-from kvcensus.daemon.frame_queue import FrameQueue
+from kvcensus.daemon.frame_queue import Burst, FrameQueue
 from kvcensus.daemon.quarantine import (
     QUARANTINE_FILE,
     WHOLE_PAYLOAD,
@@ -95,7 +95,7 @@ def refuse(
     into: Quarantine, seq: int, raw: bytes = b"raw", event: int | None = 0, *, epoch: int = 1, detail: str = "odd"
 ) -> None:
     rejection = Rejection(RejectReason.MEDIUM, detail, "events[0].medium", event, raw)
-    into.add(STREAM, 0, epoch, Apply(seq, b"payload" if event is not None else raw), rejection)
+    into.add(STREAM, 0, epoch, seq, b"payload" if event is not None else raw, rejection)
 
 
 def numbers(directory: Path) -> list[int]:
@@ -123,14 +123,14 @@ def test_an_entry_says_everything(directory: Path, opened: Callable[..., Quarant
 
 def test_a_rejection_of_a_whole_payload_keeps_the_payload(directory: Path, opened: Callable[..., Quarantine]) -> None:
     kept = opened()
-    kept.add(STREAM, None, 1, Apply(5, b"the payload"), Rejection(RejectReason.PAYLOAD, "no time", "ts"))
+    kept.add(STREAM, None, 1, 5, b"the payload", Rejection(RejectReason.PAYLOAD, "no time", "ts"))
     kept.flush()
     assert [entry.raw for entry in KeptEntries(directory).whole([1])] == [b"the payload"]
 
 
 def test_the_rank_is_that_of_the_stream(directory: Path, opened: Callable[..., Quarantine]) -> None:
     kept = opened()
-    kept.add(followed("w", 3), None, 1, Apply(5, b""), Rejection(RejectReason.PAYLOAD, "bad"))
+    kept.add(followed("w", 3), None, 1, 5, b"", Rejection(RejectReason.PAYLOAD, "bad"))
     kept.flush()
     (entry,) = KeptEntries(directory).listed()
     assert (entry.stream, entry.rank) == ("w/3", 3)
@@ -475,7 +475,7 @@ def test_a_batch_is_in_the_quarantine_before_it_is_in_the_index(
     directory.mkdir()
     backend, queue, stream = Asking(directory), FrameQueue(100, MIB), followed()
     payloads = [msgspec.msgpack.encode([1.5, [["BlockFrobbed"]]]), b"nonsense"]
-    queue.put([(stream, NewEpoch(1, "first")), *((stream, Apply(seq, one)) for seq, one in enumerate(payloads))], 100)
+    queue.put(Burst([(stream, NewEpoch(1, "first")), (stream, Apply(0, payloads))]))
     queue.close()
     writer = Writer(backend, queue, WriterOptions(), opened())
     writer.start()

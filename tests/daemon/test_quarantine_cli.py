@@ -15,7 +15,6 @@ import pytest
 from kvcensus.daemon.followed import FollowedStream
 from kvcensus.daemon.quarantine import QUARANTINE_FILE, KeptEntries, Quarantine, QuarantineLimits
 from kvcensus.daemon.streams.state import StreamLimits
-from kvcensus.daemon.streams.verdicts import Apply
 from kvcensus.translators.translation import Rejection, RejectReason, TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 
@@ -57,12 +56,11 @@ def keep(data: Path, *payloads: bytes, rank: int | None = None, limits: Quaranti
         cursor=None,
     )
     for seq, payload in enumerate(payloads, 1):
-        message = Apply(seq, payload)
         translation = stream.translator.translate(payload, 0)
         if translation.rank != rank:
             translation.rejections.append(Rejection(RejectReason.RANK, "another rank", "data_parallel_rank"))
         for rejection in translation.rejections:
-            kept.add(stream, rank, 3, message, rejection)
+            kept.add(stream, rank, 3, seq, payload, rejection)
     kept.close()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvcensus.daemon.followed import FollowedStream
-from kvcensus.daemon.frame_queue import Barrier, FrameQueue
+from kvcensus.daemon.frame_queue import Barrier, Burst, FrameQueue
 from kvcensus.daemon.relay import spool as spool_module
 from kvcensus.daemon.relay import spooler as spooler_module
 from kvcensus.daemon.relay.convention import Address
@@ -52,11 +52,11 @@ class Bench:
 
     def put(self, name: str, *verdicts: Apply | NewEpoch | Fence) -> None:
         stream = self.streams[name].followed
-        self.queue.put([(stream, verdict) for verdict in verdicts], 0)
+        self.queue.put(Burst((stream, verdict) for verdict in verdicts))
 
     def settle(self) -> None:
         committed = threading.Event()
-        self.queue.put([(self.streams["a"].followed, Barrier(committed))], 0)
+        self.queue.put(Burst([(self.streams["a"].followed, Barrier(committed))]))
         assert committed.wait(10)
 
     def records(self) -> list[Record]:
@@ -81,9 +81,9 @@ def told(records: list[Record]) -> list[tuple[str, int, int, Control, bytes]]:
 
 
 def test_verdicts_become_records_in_order_with_the_cursors_of_their_streams(bench: Bench) -> None:
-    bench.put("a", NewEpoch(1, "first contact"), Apply(0, b"zero"), Apply(1, b"one"))
-    bench.put("b", NewEpoch(1, "first contact"), Fence(6, "the replay does not reach back"), Apply(7, b"seven"))
-    bench.put("a", NewEpoch(2, "another life"), Apply(0, b"again"))
+    bench.put("a", NewEpoch(1, "first contact"), Apply(0, [b"zero"]), Apply(1, [b"one"]))
+    bench.put("b", NewEpoch(1, "first contact"), Fence(6, "the replay does not reach back"), Apply(7, [b"seven"]))
+    bench.put("a", NewEpoch(2, "another life"), Apply(0, [b"again"]))
     bench.settle()
     assert told(bench.records()) == [
         ("a", 1, -1, Control.LIFE, b""),
@@ -106,14 +106,14 @@ def test_verdicts_become_records_in_order_with_the_cursors_of_their_streams(benc
 
 
 def test_a_fence_without_a_loss_of_numbers_keeps_the_fingerprint(bench: Bench) -> None:
-    bench.put("a", NewEpoch(1, "x"), Apply(0, b"zero"), Fence(0, "reconnected without a replay socket"))
+    bench.put("a", NewEpoch(1, "x"), Apply(0, [b"zero"]), Fence(0, "reconnected without a replay socket"))
     bench.settle()
     cursor = bench.spool.cursors()["a"]
     assert (cursor.seq, cursor.fingerprint) == (0, fingerprint(b"zero"))
 
 
 def test_what_is_acknowledged_is_forgotten_with_the_position_it_leaves(bench: Bench) -> None:
-    bench.put("a", NewEpoch(1, "x"), *(Apply(seq, b"p") for seq in range(9)))
+    bench.put("a", NewEpoch(1, "x"), *(Apply(seq, [b"p"]) for seq in range(9)))
     bench.settle()
     bench.spooler.acknowledge(4, {"a": Position(1, 2)})
     bench.settle()
@@ -123,7 +123,7 @@ def test_what_is_acknowledged_is_forgotten_with_the_position_it_leaves(bench: Be
 
 def test_at_the_end_everything_queued_is_spooled(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    bench.put("a", NewEpoch(1, "x"), *(Apply(seq, b"p" * 1000) for seq in range(500)))
+    bench.put("a", NewEpoch(1, "x"), *(Apply(seq, [b"p" * 1000]) for seq in range(500)))
     bench.end()
     assert bench.spool.waiting == 501
     bench.spool.close()
@@ -135,7 +135,7 @@ def test_a_file_without_room_gives_up_its_oldest_and_says_so(tmp_path: Path, mon
     bench = Bench(tmp_path, max_bytes=4 << 20)
     bench.put("a", NewEpoch(1, "x"))
     for seq in range(2000):
-        bench.put("a", Apply(seq, b"p" * 3000))
+        bench.put("a", Apply(seq, [b"p" * 3000]))
     bench.settle()
     records = bench.records()
     dropped = bench.streams["a"].counters.dropped

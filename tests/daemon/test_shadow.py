@@ -16,7 +16,7 @@ from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ApplyResult, CacheResidency, Cursor, IdentityScope, WorkerMatch
 from kvcensus.backends.registry import open_backend
 from kvcensus.daemon.counters import Question
-from kvcensus.daemon.frame_queue import FrameQueue
+from kvcensus.daemon.frame_queue import Burst, FrameQueue
 from kvcensus.daemon.moving.differing import differences
 from kvcensus.daemon.moving.location import Content
 from kvcensus.daemon.shadow import Shadow
@@ -41,12 +41,12 @@ def write(main: IndexBackend, shadow: Shadow, *, retire: bool = False) -> Writer
     queue = FrameQueue(10_000, 1 << 30)
     writer = Writer(main, queue, WriterOptions(commit_max_blocks=64), shadow=shadow)
     stream = followed()
-    queue.put([(stream, NewEpoch(1, "first"))], 0)
+    queue.put(Burst([(stream, NewEpoch(1, "first"))]))
     for start in range(0, len(CAPTURE), 10):
-        queue.put([(stream, Apply(one.seq, one.payload)) for one in CAPTURE[start : start + 10]], 0)
+        queue.put(Burst([(stream, Apply(one.seq, [one.payload])) for one in CAPTURE[start : start + 10]]))
         writer._step()
     if retire:
-        queue.put([(stream, Retire())], 0)
+        queue.put(Burst([(stream, Retire())]))
     queue.close()
     writer.run()
     assert writer.error is None

@@ -159,7 +159,8 @@ class StreamMachine(RuleBasedStateMachine):
     def obey(self, verdicts: list[object]) -> None:
         for verdict in verdicts:
             if isinstance(verdict, Apply):
-                life, seq = map(int, verdict.payload.split(b":"))
+                (payload,) = verdict.payloads
+                life, seq = map(int, payload.split(b":"))
                 assert seq == verdict.seq
                 if self.run:
                     assert self.run[-1] == (life, seq - 1), "the run was broken"

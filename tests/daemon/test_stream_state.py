@@ -34,7 +34,7 @@ def followed(upto: int) -> Stream:
     s.connected(0)
     s.replay_ended(0)
     for seq in range(upto + 1):
-        assert s.live(seq, body(seq), 0) == [Apply(seq, body(seq))]
+        assert s.live(seq, body(seq), 0) == [Apply(seq, [body(seq)])]
     return s
 
 
@@ -47,11 +47,11 @@ def test_a_first_contact_asks_for_everything_the_engine_still_has() -> None:
     assert s.state is StreamState.CONNECTING
     assert s.connected(0) == [AskReplay(0)]
     assert s.state is StreamState.REPLAYING
-    assert s.replayed(0, body(0), 1) == [NewEpoch(1, "first message"), Apply(0, body(0))]
-    assert s.replayed(1, body(1), 1) == [Apply(1, body(1))]
+    assert s.replayed(0, body(0), 1) == [NewEpoch(1, "first message"), Apply(0, [body(0)])]
+    assert s.replayed(1, body(1), 1) == [Apply(1, [body(1)])]
     assert s.replay_ended(2) == [StopReplay()]
     assert s.state is StreamState.LIVE
-    assert s.live(2, body(2), 3) == [Apply(2, body(2))]
+    assert s.live(2, body(2), 3) == [Apply(2, [body(2)])]
 
 
 def test_a_history_that_does_not_reach_back_to_the_start_is_marked() -> None:
@@ -66,7 +66,7 @@ def test_a_restart_of_the_daemon_goes_on_after_the_cursor_when_the_engine_proves
     s = stream(cursor(41))
     assert s.connected(0) == [AskReplay(41)]
     assert s.replayed(41, body(41), 1) == []
-    assert s.replayed(42, body(42), 1) == [Apply(42, body(42))]
+    assert s.replayed(42, body(42), 1) == [Apply(42, [body(42)])]
     assert s.replay_ended(2) == [StopReplay()]
     assert s.epoch == 4
 
@@ -75,7 +75,7 @@ def test_another_payload_under_the_last_applied_number_is_another_life() -> None
     s = stream(cursor(41))
     s.connected(0)
     assert kinds(s.replayed(41, body(41, "b"), 1)) == ["NewEpoch", "AskReplay"]
-    assert s.replayed(0, body(0, "b"), 2) == [Apply(0, body(0, "b"))]
+    assert s.replayed(0, body(0, "b"), 2) == [Apply(0, [body(0, "b")])]
     assert s.epoch == 5
 
 
@@ -103,9 +103,9 @@ def test_live_messages_are_held_while_a_replay_runs_so_that_nothing_is_applied_o
     assert s.live(7, body(7), 11) == []
     assert s.held == 2
     assert s.replayed(3, body(3), 12) == []
-    assert s.replayed(4, body(4), 12) == [Apply(4, body(4))]
-    assert s.replayed(5, body(5), 12) == [Apply(5, body(5))]
-    assert s.replay_ended(13) == [StopReplay(), Apply(6, body(6)), Apply(7, body(7))]
+    assert s.replayed(4, body(4), 12) == [Apply(4, [body(4)])]
+    assert s.replayed(5, body(5), 12) == [Apply(5, [body(5)])]
+    assert s.replay_ended(13) == [StopReplay(), Apply(6, [body(6)]), Apply(7, [body(7)])]
 
 
 def test_what_a_replay_already_brought_is_not_applied_again_when_it_comes_live() -> None:
@@ -115,7 +115,7 @@ def test_what_a_replay_already_brought_is_not_applied_again_when_it_comes_live()
         s.replayed(seq, body(seq), 11)
     assert s.replay_ended(12) == [StopReplay()]
     assert s.live(6, body(6), 13) == []
-    assert s.live(7, body(7), 14) == [Apply(7, body(7))]
+    assert s.live(7, body(7), 14) == [Apply(7, [body(7)])]
 
 
 def test_a_hole_in_the_replay_is_asked_for_again_and_then_given_up() -> None:
@@ -126,8 +126,8 @@ def test_a_hole_in_the_replay_is_asked_for_again_and_then_given_up() -> None:
         assert s.replayed(5, body(5), 12 + attempt) == [AskReplay(3)]
         assert s.replayed(3, body(3), 12 + attempt) == []
     verdicts = s.replayed(5, body(5), 20)
-    assert verdicts == [Fence(4, "the engine's replay has a hole"), Apply(5, body(5))]
-    assert s.replay_ended(21) == [StopReplay(), Apply(6, body(6))]
+    assert verdicts == [Fence(4, "the engine's replay has a hole"), Apply(5, [body(5)])]
+    assert s.replay_ended(21) == [StopReplay(), Apply(6, [body(6)])]
 
 
 def test_an_end_marker_does_not_prove_that_a_replay_was_complete() -> None:
@@ -143,8 +143,8 @@ def test_a_mute_replay_socket_ends_in_a_fence_not_in_a_hang() -> None:
     assert s.tick(900) == []
     assert s.tick(1010) == [AskReplay(3)]
     assert s.tick(2010) == [AskReplay(3)]
-    assert s.tick(3010) == [StopReplay(), Fence(5, "the replay socket does not answer"), Apply(6, body(6))]
-    assert s.live(7, body(7), 3011) == [Apply(7, body(7))]
+    assert s.tick(3010) == [StopReplay(), Fence(5, "the replay socket does not answer"), Apply(6, [body(6)])]
+    assert s.live(7, body(7), 3011) == [Apply(7, [body(7)])]
 
 
 def test_a_worker_of_which_nothing_is_believed_is_believed_again_once_a_replay_brings_all_of_its_life() -> None:
@@ -162,18 +162,18 @@ def test_a_number_that_goes_backwards_is_a_restart_once_the_replay_says_so() -> 
     s = followed(10)
     assert s.live(0, body(0, "b"), 10) == [AskReplay(10)]
     assert kinds(s.replay_ended(11)) == ["NewEpoch", "AskReplay"]
-    assert s.replayed(0, body(0, "b"), 12) == [Apply(0, body(0, "b"))]
-    assert s.replayed(1, body(1, "b"), 12) == [Apply(1, body(1, "b"))]
+    assert s.replayed(0, body(0, "b"), 12) == [Apply(0, [body(0, "b")])]
+    assert s.replayed(1, body(1, "b"), 12) == [Apply(1, [body(1, "b")])]
     assert s.replay_ended(13) == [StopReplay()]
     assert s.live(1, body(1, "b"), 14) == []
-    assert s.live(2, body(2, "b"), 14) == [Apply(2, body(2, "b"))]
+    assert s.live(2, body(2, "b"), 14) == [Apply(2, [body(2, "b")])]
 
 
 def test_a_duplicated_live_message_is_dropped_without_asking() -> None:
     s = followed(5)
     assert s.live(5, body(5), 10) == []
     assert s.live(3, body(3), 10) == []
-    assert s.live(6, body(6), 11) == [Apply(6, body(6))]
+    assert s.live(6, body(6), 11) == [Apply(6, [body(6)])]
 
 
 def test_a_held_message_that_comes_again_does_not_start_the_replay_again() -> None:
@@ -196,7 +196,7 @@ def test_a_stray_old_message_is_not_a_restart_when_the_engine_still_knows_the_la
     assert s.live(7, body(7), 3) == [AskReplay(42)]
     assert s.replayed(42, body(42), 4) == []
     assert s.replay_ended(5) == [StopReplay()]
-    assert s.live(43, body(43), 6) == [Apply(43, body(43))]
+    assert s.live(43, body(43), 6) == [Apply(43, [body(43)])]
 
 
 def test_more_live_messages_than_can_be_held_are_fetched_again() -> None:
@@ -219,7 +219,7 @@ def test_a_reconnection_is_not_believed_to_be_continuous() -> None:
     assert s.connected(20) == [AskReplay(5)]
     assert s.live(6, body(6), 21) == []
     s.replayed(5, body(5), 22)
-    assert s.replay_ended(23) == [StopReplay(), Apply(6, body(6))]
+    assert s.replay_ended(23) == [StopReplay(), Apply(6, [body(6)])]
 
 
 def test_messages_held_before_a_disconnection_are_forgotten() -> None:
@@ -235,14 +235,14 @@ def test_an_idle_stream_is_probed_so_that_a_lost_last_message_is_found() -> None
     assert s.tick(10_000) == [AskReplay(5)]
     assert s.state is StreamState.LIVE
     s.replayed(5, body(5), 10_050)
-    assert s.replayed(6, body(6), 10_050) == [Apply(6, body(6))]
+    assert s.replayed(6, body(6), 10_050) == [Apply(6, [body(6)])]
     assert s.replay_ended(10_051) == [StopReplay()]
 
 
 def test_a_probe_does_not_hold_up_live_messages() -> None:
     s = followed(5)
     s.tick(10_000)
-    assert s.live(6, body(6), 10_001) == [StopReplay(), Apply(6, body(6))]
+    assert s.live(6, body(6), 10_001) == [StopReplay(), Apply(6, [body(6)])]
 
 
 def test_a_probe_that_nobody_answers_costs_nothing() -> None:
@@ -251,7 +251,7 @@ def test_a_probe_that_nobody_answers_costs_nothing() -> None:
     for at in (11_000, 12_000):
         assert s.tick(at) == [AskReplay(5)]
     assert s.tick(13_000) == [StopReplay()]
-    assert s.live(6, body(6), 13_001) == [Apply(6, body(6))]
+    assert s.live(6, body(6), 13_001) == [Apply(6, [body(6)])]
 
 
 def test_answers_of_an_abandoned_replay_are_ignored() -> None:
@@ -263,7 +263,7 @@ def test_answers_of_an_abandoned_replay_are_ignored() -> None:
 def test_without_a_replay_socket_the_first_message_begins_an_epoch() -> None:
     s = stream(replay=False)
     assert s.connected(0) == []
-    assert s.live(0, body(0), 1) == [NewEpoch(1, "first message"), Apply(0, body(0))]
+    assert s.live(0, body(0), 1) == [NewEpoch(1, "first message"), Apply(0, [body(0)])]
 
 
 @pytest.mark.parametrize("seq", [43, 60])
@@ -272,7 +272,7 @@ def test_without_a_replay_socket_a_gap_or_an_unproved_continuity_fences(seq: int
     s.connected(0)
     verdicts = s.live(seq, body(seq), 1)
     assert kinds(verdicts) == ["Fence", "Apply"]
-    assert s.live(seq + 1, body(seq + 1), 2) == [Apply(seq + 1, body(seq + 1))]
+    assert s.live(seq + 1, body(seq + 1), 2) == [Apply(seq + 1, [body(seq + 1)])]
 
 
 def test_without_a_replay_socket_a_number_that_goes_backwards_begins_an_epoch() -> None:
@@ -298,7 +298,7 @@ def test_an_engine_that_is_gone_for_longer_than_its_lease_holds_nothing_any_more
     assert s.tick(200_000) == []
     assert s.state is StreamState.DISCONNECTED
     assert s.connected(200_001) == [AskReplay(0)]
-    assert s.replayed(0, body(0), 200_002) == [Apply(0, body(0))]
+    assert s.replayed(0, body(0), 200_002) == [Apply(0, [body(0)])]
 
 
 def test_the_lease_of_an_engine_that_was_never_seen_runs_from_the_start_of_the_daemon() -> None:
@@ -316,7 +316,7 @@ def test_a_number_that_was_never_published_can_be_tolerated() -> None:
     s.replay_ended(1)
     assert s.live(2, body(2), 2) == [AskReplay(0)]
     assert s.replayed(0, body(0), 3) == []
-    assert s.replayed(2, body(2), 3) == [Apply(2, body(2))]
+    assert s.replayed(2, body(2), 3) == [Apply(2, [body(2)])]
     assert counters.unrecovered == 1
 
 

@@ -12,7 +12,7 @@ from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import ApplyResult, Cursor, Operation, StoreRun
 from kvcensus.daemon import writer as writer_module
 from kvcensus.daemon.followed import FollowedStream
-from kvcensus.daemon.frame_queue import FrameQueue
+from kvcensus.daemon.frame_queue import Burst, FrameQueue
 from kvcensus.daemon.status import Trust
 from kvcensus.daemon.streams.state import StreamLimits
 from kvcensus.daemon.streams.verdicts import Apply, Fence, NewEpoch, fingerprint
@@ -58,7 +58,7 @@ def followed(cursor: Cursor | None = None, **options: object) -> FollowedStream:
 def run(backend: MemoryBackend, stream: FollowedStream, *verdicts: Apply | NewEpoch | Fence) -> Writer:
     queue = FrameQueue(1000, 1 << 20)
     writer = Writer(backend, queue, WriterOptions())
-    queue.put([(stream, verdict) for verdict in verdicts], 0)
+    queue.put(Burst((stream, verdict) for verdict in verdicts))
     queue.close()
     writer.run()
     assert writer.error is None
@@ -68,7 +68,7 @@ def run(backend: MemoryBackend, stream: FollowedStream, *verdicts: Apply | NewEp
 def test_messages_and_the_cursor_of_the_last_one_are_committed_together() -> None:
     backend, stream = MemoryBackend(), followed()
     last = payload(stored(2, 3))
-    run(backend, stream, NewEpoch(1, "first"), Apply(0, payload(stored(1))), Apply(1, last))
+    run(backend, stream, NewEpoch(1, "first"), Apply(0, [payload(stored(1))]), Apply(1, [last]))
     cursor = backend.cursors()["w"]
     assert (cursor.epoch, cursor.seq, cursor.fingerprint) == (1, 1, fingerprint(last))
     assert (cursor.messages, cursor.blocks_stored, cursor.worker_id, cursor.rank) == (2, 3, "w/0", 0)
@@ -78,8 +78,8 @@ def test_messages_and_the_cursor_of_the_last_one_are_committed_together() -> Non
 
 def test_a_new_epoch_clears_the_worker_and_counts_anew() -> None:
     backend, stream = MemoryBackend(), followed()
-    run(backend, stream, NewEpoch(1, "first"), Apply(0, payload(stored(1))))
-    run(backend, stream, NewEpoch(2, "restart"), Apply(0, payload(stored(9))))
+    run(backend, stream, NewEpoch(1, "first"), Apply(0, [payload(stored(1))]))
+    run(backend, stream, NewEpoch(2, "restart"), Apply(0, [payload(stored(9))]))
     cursor = backend.cursors()["w"]
     assert (cursor.epoch, cursor.messages, cursor.trust) == (2, 1, Trust.FRESH)
     assert {one.key.block_hash for one in backend.snapshot()} == {(9).to_bytes(8, "big")}
@@ -92,9 +92,9 @@ def test_a_fence_marks_the_worker_and_drops_or_keeps_its_blocks(keeps: bool, lef
         backend,
         stream,
         NewEpoch(1, "first"),
-        Apply(0, payload(stored(1))),
+        Apply(0, [payload(stored(1))]),
         Fence(4, "lost"),
-        Apply(5, payload(stored(2))),
+        Apply(5, [payload(stored(2))]),
     )
     cursor = backend.cursors()["w"]
     assert (cursor.trust, cursor.reason, cursor.seq) == (Trust.UNTRUSTED, "lost", 5)
@@ -103,7 +103,7 @@ def test_a_fence_marks_the_worker_and_drops_or_keeps_its_blocks(keeps: bool, lef
 
 def test_a_clear_by_the_engine_ends_the_mistrust() -> None:
     backend, stream = MemoryBackend(), followed()
-    run(backend, stream, NewEpoch(1, "first"), Fence(4, "lost"), Apply(5, payload(CLEARED, stored(2))))
+    run(backend, stream, NewEpoch(1, "first"), Fence(4, "lost"), Apply(5, [payload(CLEARED, stored(2))]))
     assert backend.cursors()["w"].trust == Trust.FRESH
 
 
@@ -130,9 +130,9 @@ def test_a_full_store_is_cleared_first_and_the_stream_would_begin_again_if_that_
 ) -> None:
     monkeypatch.setattr(writer_module, "_RETRY_FULL_S", 0.0)
     backend, stream = FullAtFirst(), followed()
-    run(backend, stream, NewEpoch(1, "first"), Apply(0, payload(stored(1))), Fence(0, "lost"))
+    run(backend, stream, NewEpoch(1, "first"), Apply(0, [payload(stored(1))]), Fence(0, "lost"))
     backend.full = True
-    writer = run(backend, stream, Apply(1, payload(CLEARED)), Apply(2, payload(stored(7))))
+    writer = run(backend, stream, Apply(1, [payload(CLEARED)]), Apply(2, [payload(stored(7))]))
     ((held, cursor),) = backend.meanwhile
     assert held == 0
     assert (cursor.seq, cursor.messages, cursor.blocks_stored, cursor.fingerprint) == (-1, 0, 0, b"")

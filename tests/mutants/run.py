@@ -45,7 +45,7 @@ MUTANTS = (
         STATE,
         "            self._hold(seq, payload)\n            if backwards:\n",
         "            if seq > self.applied:\n                self._accept(seq, payload)\n"
-        "                return [*verdicts, Apply(seq, payload)]\n            if backwards:\n",
+        "                return [*verdicts, Apply(seq, [payload])]\n            if backwards:\n",
         MACHINE,
     ),
     Mutant(
