@@ -129,11 +129,13 @@ class WireDecoder(Generic[EventT]):
         return batch
 
     def decode_all(self, payloads: Sequence[bytes]) -> list[Batch[EventT]] | None:
-        """The batches of payloads, None unless every one can be read as the last one was. Never raises."""
-        try:
-            return list(map(self._first, payloads))
-        except UNDECODABLE:
-            return None
+        """The batches of payloads, None unless every one can be read, and all in one family. Never raises."""
+        for _ in range(2):
+            try:
+                return list(map(self._first, payloads))
+            except UNDECODABLE:
+                self._first, self._second = self._second, self._first
+        return None
 
     def _take_apart(self, payload: bytes) -> Batch[EventT | Rejection] | Rejection:
         try:

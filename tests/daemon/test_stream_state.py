@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvcensus.backends.model import Cursor
 from kvcensus.daemon.counters import IntakeCounters
 from kvcensus.daemon.status import StreamState
-from kvcensus.daemon.streams.state import Stream, StreamLimits
-from kvcensus.daemon.streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, fingerprint
+from kvcensus.daemon.streams.state import RECENT_MESSAGES, Stream, StreamLimits
+from kvcensus.daemon.streams.verdicts import Apply, AskReplay, Fence, NewEpoch, StopReplay, Verdict, fingerprint
 
 LIMITS = StreamLimits(replay_timeout_ms=1000, replay_attempts=3, hold_max_messages=5)
 
@@ -340,3 +342,52 @@ def test_messages_held_of_a_former_life_do_not_follow_a_replay_of_the_new_one() 
         s.replayed(seq, body(seq, "b"), 1_200)
     assert s.replay_ended(1_300) == [StopReplay()]
     assert s.applied == 3
+
+
+def flat(verdicts: list[Verdict]) -> list[Verdict]:
+    """The verdicts with each message on its own."""
+    return [
+        one
+        for verdict in verdicts
+        for one in (
+            [Apply(seq, [payload]) for seq, payload in enumerate(verdict.payloads, verdict.seq)]
+            if isinstance(verdict, Apply)
+            else [verdict]
+        )
+    ]
+
+
+STEPS = st.one_of(st.just(1), st.just(1), st.just(1), st.integers(-3, 3))
+HAPPENINGS = st.one_of(
+    st.lists(st.tuples(STEPS, st.sampled_from("aaab")), max_size=6),
+    st.sampled_from(["connected", "disconnected", "replay_ended", "tick", "replayed"]),
+)
+
+
+@given(st.booleans(), st.lists(HAPPENINGS, max_size=12))
+def test_a_burst_is_what_its_messages_are_one_by_one(replay: bool, happenings: list[object]) -> None:
+    together, alone = stream(replay=replay), stream(replay=replay)
+    now, seq = 0, -1
+    for happening in happenings:
+        now += 300
+        if isinstance(happening, str):
+            arguments = (max(seq, 0), body(max(seq, 0)), now) if happening == "replayed" else (now,)
+            assert getattr(together, happening)(*arguments) == getattr(alone, happening)(*arguments)
+            continue
+        seqs: list[int] = []
+        for step, _ in happening:
+            seq = max(0, seq + step)
+            seqs.append(seq)
+        payloads = [body(at, life) for at, (_, life) in zip(seqs, happening)]
+        expected = [verdict for at, payload in zip(seqs, payloads) for verdict in alone.live(at, payload, now)]
+        assert flat(together.live_all(seqs, payloads, now)) == expected
+        assert (together.applied, together.epoch, together.held) == (alone.applied, alone.epoch, alone.held)
+
+
+def test_duplicates_are_known_of_many_messages_and_not_of_all() -> None:
+    s = followed(-1)
+    for first in range(0, 3 * RECENT_MESSAGES, 512):
+        s.live_all([*range(first, first + 512)], [body(seq) for seq in range(first, first + 512)], 0)
+    assert RECENT_MESSAGES <= len(s._recent) <= 2 * RECENT_MESSAGES
+    early = s.applied - RECENT_MESSAGES + 1
+    assert s.live(early, body(early), 1) == []

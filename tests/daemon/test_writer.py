@@ -141,3 +141,16 @@ def test_a_full_store_is_cleared_first_and_the_stream_would_begin_again_if_that_
     assert (cursor.seq, cursor.messages, cursor.blocks_stored) == (2, 3, 2)
     assert {one.key.block_hash for one in backend.snapshot()} == {(7).to_bytes(8, "big")}
     assert writer.upkeep.problem == ""
+
+
+def test_a_bad_message_among_many_costs_only_itself_and_is_named() -> None:
+    backend, stream = MemoryBackend(), followed()
+    run(backend, stream, NewEpoch(1, "first"), Apply(0, [payload(stored(1))]))
+    writer = run(backend, stream, Apply(1, [payload(stored(2)), b"nonsense", payload(stored(3, 4))]))
+    assert len(backend) == 4
+    assert backend.cursors()["w"] == stream.cursor
+    assert (stream.cursor.seq, stream.cursor.messages, stream.cursor.blocks_stored) == (3, 4, 4)
+    assert "message 2 was refused" in stream.cursor.reason
+    assert stream.applied.messages == 4
+    assert sum(stream.applied.rejections.values()) == 1
+    assert writer.counters.blocks_stored == 3
