@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from binascii import unhexlify
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Generic, TypeVar
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 _WHERE = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _NAMED = re.compile(r"field `(?P<name>[^`]*)`")
+_SIZES = frozenset(range(1, MAX_HASH_BYTES + 1))
 
 
 class BodyReader(Generic[T]):
@@ -79,7 +81,7 @@ def read_hash(value: str | int, field: str) -> bytes:
 
 def read_hashes(values: list[str | int], field: str) -> list[bytes]:
     """Block hashes. Raises RequestRefused that names the place in `field`."""
-    together = _hashes_of_one_length(values)
+    together = _hashes_in_hex(values)
     if together is not None:
         return together
     hashes: list[bytes] = []
@@ -96,17 +98,13 @@ def read_parent(value: str | int, field: str) -> bytes:
     return ROOT if value == ROOT_WORD else read_hash(value, field)
 
 
-def _hashes_of_one_length(values: list[str | int]) -> list[bytes] | None:
-    """The common case, three times as fast as one by one. None when it is not that case, or anything is wrong."""
+def _hashes_in_hex(values: list[str | int]) -> list[bytes] | None:
+    """The common case, several times as fast as one by one. None when it is not that case, or anything is wrong."""
     try:
-        digits = "".join(values)  # type: ignore[arg-type]
-        packed = bytes.fromhex(digits)
+        hashes = list(map(unhexlify, values))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
-    size = len(packed) // len(values) if values else 0
-    if not 1 <= size <= MAX_HASH_BYTES or set(map(len, values)) != {2 * size}:  # type: ignore[arg-type]
-        return None
-    return [packed[at : at + size] for at in range(0, len(packed), size)]
+    return hashes if _SIZES.issuperset(map(len, hashes)) else None
 
 
 def _hash(value: str | int) -> bytes:
