@@ -56,6 +56,8 @@ class IndexBackend(ABC):
     """What was damaged."""
     discarded_after_crash: bool = False
     """Whether an index was dropped at opening because the machine went down while it was written without syncing."""
+    reads_wait: bool = False
+    """Whether a read waits for something outside this process, such as a server, which may take seconds to answer."""
     torn_bytes: int = 0
     """Bytes of a write that a crash left unfinished, cut off at opening: nobody was told that it was done."""
 

@@ -61,6 +61,8 @@ class _Attempt(NamedTuple):
 class ValkeyBackend(IndexBackend):
     """One part of an index on a server, which this process owns until `close`. It answers for this part alone."""
 
+    reads_wait = True
+
     def __init__(self, directory: Path, options: ValkeyOptions | None = None) -> None:
         """Open or create. `directory` has nothing but who we are. Raises BackendBusy, BackendFormat or BackendError."""
         options = options or ValkeyOptions()

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import msgspec
 from aiohttp import web
-from prometheus_client.aiohttp import make_aiohttp_handler
+from prometheus_client.exposition import choose_encoder
 
 from ..config import HttpConfig
 from ..status import DaemonView, Readiness
@@ -31,6 +31,7 @@ from .bodies import (
 from .openapi import HTML, Endpoint, describe
 from .page import status_page
 from .questions import Questions
+from .reads import Reads
 from .security import OPEN_PATHS, Guard
 from .snapshot import Snapshots
 from .state import State
@@ -76,8 +77,9 @@ def endpoints(
     view: DaemonView, config: HttpConfig, snapshots: Snapshots, threads: ThreadPoolExecutor
 ) -> list[Endpoint]:
     """Every endpoint: routes and the description are made from this list."""
-    questions = Questions(view, config, threads)
-    state = State(view)
+    reads = Reads(view, threads)
+    questions = Questions(view, config, reads)
+    state = State(view, reads)
     served: list[Endpoint] = []
     release = version("kvcensus")
 
@@ -88,6 +90,15 @@ def endpoints(
 
     async def openapi(request: web.Request) -> web.Response:
         return web.Response(body=description, content_type=JSON)
+
+    async def metrics(request: web.Request) -> web.Response:
+        encode, media = choose_encoder(",".join(request.headers.getall("Accept", [])))
+        names = request.query.getall("name[]", [])
+        asked = view.registry.restricted_registry(names) if names else view.registry
+        body = await reads.short(lambda: encode(asked))
+        response = web.Response(body=body, headers={"Content-Type": media})
+        response.enable_compression()
+        return response
 
     served += [
         Endpoint("GET", "/", page, "The status page, for a browser.", media=HTML),
@@ -111,7 +122,7 @@ def endpoints(
                  Residency, lines=True, errors=(429, 500, 503)),
         Endpoint("GET", "/livez", state.livez, "Whether every thread of the daemon runs.", Liveness, unwell=True),
         Endpoint("GET", "/readyz", state.readyz, "Whether the daemon can answer.", Readiness, unwell=True),
-        Endpoint("GET", "/metrics", make_aiohttp_handler(view.registry), "Figures for Prometheus."),
+        Endpoint("GET", "/metrics", metrics, "Figures for Prometheus."),
         Endpoint("GET", "/openapi.json", openapi, "This description.", media=JSON),
     ]  # fmt: skip
     description = msgspec.json.encode(describe(served, release, OPEN_PATHS))

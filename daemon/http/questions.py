@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
-from concurrent.futures import Executor
+from functools import partial
 from http import HTTPStatus
 
 from aiohttp import web
@@ -30,8 +29,9 @@ from .bodies import (
     fields_of,
 )
 from .reading import BodyReader, read_hash, read_hashes, read_parent, read_query
+from .reads import Reads
 
-_INLINE_HASHES_MAX = 1024
+_SHORT_HASHES_MAX = 1024
 """A longer `match` takes more than a millisecond and leaves the event loop to others."""
 
 _match_bodies = BodyReader(MatchBody)
@@ -40,13 +40,13 @@ _children_bodies = BodyReader(ChildrenBody)
 
 
 class Questions:
-    """Handlers of questions to the index. `threads` runs the ones that may take long."""
+    """Handlers of questions to the index."""
 
-    def __init__(self, view: DaemonView, config: HttpConfig, threads: Executor) -> None:
+    def __init__(self, view: DaemonView, config: HttpConfig, reads: Reads) -> None:
         self._view = view
         self._hashes_max = config.max_hashes_per_query
         self._trusted_only = config.trusted_only
-        self._threads = threads
+        self._reads = reads
 
     async def match(self, request: web.Request) -> web.Response:
         asked = await _match_bodies.read(request)
@@ -56,12 +56,8 @@ class Questions:
         hashes = read_hashes(asked.block_hashes, "block_hashes")
         scope = asked.scope.scope() if asked.scope else None
         trusted_only = self._trusted_only if asked.trusted_only is None else asked.trusted_only
-        if len(hashes) <= _INLINE_HASHES_MAX:
-            body = self._matched(scope, hashes, trusted_only)
-        else:
-            loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(self._threads, self._matched, scope, hashes, trusted_only)
-        return answer(request, body)
+        run = self._reads.short if len(hashes) <= _SHORT_HASHES_MAX else self._reads.long
+        return answer(request, await run(partial(self._matched, scope, hashes, trusted_only)))
 
     def _matched(self, scope: IdentityScope | None, hashes: list[bytes], trusted_only: bool) -> MatchAnswer:
         beliefs = Beliefs(self._view)
@@ -78,18 +74,22 @@ class Questions:
 
     async def locate(self, request: web.Request) -> web.Response:
         asked = await _locate_bodies.read(request)
-        return self._located(request, asked.block_hash, asked.scope, asked.group)
+        return await self._located(request, asked.block_hash, asked.scope, asked.group)
 
     async def locate_query(self, request: web.Request) -> web.Response:
         asked = read_query(request, LocateQuery)
-        return self._located(request, asked.block_hash, _scope_of(asked), asked.group)
+        return await self._located(request, asked.block_hash, _scope_of(asked), asked.group)
 
-    def _located(
+    async def _located(
         self, request: web.Request, block_hash: str | int, scope: ScopeBody | None, group: int | None
     ) -> web.Response:
         wanted = read_hash(block_hash, "block_hash")
-        found = self._view.backend.find(wanted, scope.scope() if scope else None)
-        return answer(request, self._residencies(one for one in found if group is None or one.key.group == group))
+
+        def find() -> ResidenciesAnswer:
+            found = self._view.backend.find(wanted, scope.scope() if scope else None)
+            return self._residencies(one for one in found if group is None or one.key.group == group)
+
+        return answer(request, await self._reads.short(find))
 
     async def children(self, request: web.Request) -> web.Response:
         asked = await _children_bodies.read(request)
@@ -113,7 +113,7 @@ class Questions:
                 found, more = backend.first_children(scope.scope(), parent, limit)
             return answer(request, ChildrenAnswer(self._residencies(found).residencies, more))
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, scan)
+        return await self._reads.long(scan)
 
     def _residencies(self, found: Iterable[CacheResidency]) -> ResidenciesAnswer:
         beliefs = Beliefs(self._view)

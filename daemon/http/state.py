@@ -27,13 +27,15 @@ from .bodies import (
     WorkersAnswer,
     WorkerState,
 )
+from .reads import Reads
 
 
 class State:
     """Handlers that tell of the daemon itself."""
 
-    def __init__(self, view: DaemonView) -> None:
+    def __init__(self, view: DaemonView, reads: Reads) -> None:
         self._view = view
+        self._reads = reads
         self._began_s = time.monotonic()
         self._version = version("kvcensus")
 
@@ -48,13 +50,16 @@ class State:
 
     async def daemon(self, request: web.Request) -> web.Response:
         readiness = self._view.readiness()
-        backend = self._view.backend
-        health = backend.health()
-        index = IndexState(len(backend), backend.stored_bytes(), health.live_bytes, health.limit_bytes)
+        name, index = self._view.backend.name(), await self._reads.short(self._index)
         uptime_s = time.monotonic() - self._began_s
         queued = self._view.queue_depth()
-        body = DaemonState(self._version, uptime_s, readiness.ready, readiness.problems, backend.name(), index, *queued)
+        body = DaemonState(self._version, uptime_s, readiness.ready, readiness.problems, name, index, *queued)
         return answer(request, body)
+
+    def _index(self) -> IndexState:
+        backend = self._view.backend
+        health = backend.health()
+        return IndexState(len(backend), backend.stored_bytes(), health.live_bytes, health.limit_bytes)
 
     async def streams(self, request: web.Request) -> web.Response:
         at_ms = now_ms()
@@ -66,7 +71,7 @@ class State:
 
     async def workers(self, request: web.Request) -> web.Response:
         held: dict[str, list[Holding]] = defaultdict(list)
-        for holding in self._view.backend.holdings():
+        for holding in await self._reads.short(self._view.backend.holdings):
             held[holding.worker_id].append(holding)
         statuses = {status.worker_id: status for status in self._view.statuses()}
         at_ms = now_ms()
