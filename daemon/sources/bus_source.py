@@ -150,6 +150,12 @@ class BusSource:
                 items += self._items(self.bus.torn(deliveries[0], reason))
         return items
 
+    def take_run(self, head: Delivery, payloads: list[bytes]) -> list[Item]:
+        """What messages of one worker come to. See `Bus.receive_run`."""
+        items = self._items(self.bus.receive_run(head, payloads, monotonic_ms()))
+        self._settle_translator(head)
+        return items
+
     def lost(self, reason: str) -> list[Item]:
         """The bus has lost messages, and nobody knows whose."""
         log.error("bus_lost_messages", bus=self.name, reason=reason, workers=len(self._workers))

@@ -86,6 +86,7 @@ class CoreBus(NatsBus):
                     self.take_sign_of_life if is_life else self._receiver(subject),
                     max_messages=_FEW_SIGNS if is_life else self.config.pending_max_messages,
                     max_bytes=self.config.pending_max_bytes,
+                    at_once=None if is_life or self._earlier(subject) else self._take_at_once,
                 )
             except NatsProblem as problem:
                 if connection.is_lost:
@@ -102,13 +103,24 @@ class CoreBus(NatsBus):
             raise NatsProblem("; ".join(found.values()))
         return found
 
+    def _take_at_once(self, subject: bytes, headers: bytes, payload: bytes) -> bool:
+        """What comes the same way as the last one is taken without a turn of the event loop."""
+        if not self.take_plain(subject, headers, payload):
+            return False
+        self._arrived.set()
+        return True
+
+    def _earlier(self, subject: str) -> list[str]:
+        """Subjects before this one that take some of its messages."""
+        subjects = self.subjects
+        return [one for one in subjects[: subjects.index(subject)] if overlap(one, subject)]
+
     def _receiver(self, subject: str) -> Callback:
         """What is called for each message in turn. While it waits, messages wait in the client, up to its bound.
 
         A message of several subscriptions comes once for each, and only the first of them takes it.
         """
-        subjects = self.subjects
-        earlier = [one for one in subjects[: subjects.index(subject)] if overlap(one, subject)]
+        earlier = self._earlier(subject)
 
         async def receive(message: Msg) -> None:
             if earlier and any(one in self._subscribed and matches(one, message.subject) for one in earlier):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+import msgspec
 from nats import errors
 from nats.aio.msg import Msg
 
@@ -14,10 +15,14 @@ from ..config import NatsConfig, SourceType
 from ..frame_queue import Burst, FrameQueue, Item
 from ..logs import get_logger
 from ..relay.convention import EVENTS_PREFIX, every_subject
+from ..streams.bus import key_of
+from ..streams.delivery import Delivery
 from .bus_source import BusSource
 from .nats_connection import Backoff, NatsConnection, NatsConnector
+from .nats_headers import Headers
 from .nats_problems import NatsProblem
 from .opening import open_message
+from .plain_messages import PlainMessages
 
 BURST_ITEMS = 256
 """What is handed over at a time: more would only wait longer for the writer."""
@@ -38,25 +43,61 @@ def subjects_of(config: NatsConfig) -> tuple[str, ...]:
 class Outlet:
     """The way to the writer: in order, and waiting without blocking the event loop while the queue is full."""
 
-    def __init__(self, queue: FrameQueue) -> None:
+    def __init__(self, queue: FrameQueue, bus: BusSource) -> None:
         self._queue = queue
+        self._bus = bus
+        self._runs: dict[str, tuple[Delivery, int, list[bytes]]] = {}
+        """By worker: what its next messages have in common, the number of the first, their payloads."""
+        self._in_runs = 0
         self._lock = asyncio.Lock()
         self._burst = Burst()
 
     def __len__(self) -> int:
         """Messages, and whatever else there is, that are not handed over yet."""
-        return self._burst.messages
+        return self._burst.messages + self._in_runs
 
     def add(self, items: list[Item]) -> None:
         """Items for the next burst."""
+        self.end_runs()
+        self._append(items)
+
+    def add_message(self, alike: Delivery, seq: int, payload: bytes) -> None:
+        """A message for the next burst, said to be as others of its worker, but for its number and payload."""
+        worker = key_of(alike)
+        known, first, payloads = self._runs.get(worker, (alike, seq, []))
+        if known is not alike or seq != first + len(payloads):
+            self.end_runs()
+            first, payloads = seq, []
+        if not payloads:
+            self._runs[worker] = alike, first, payloads
+        payloads.append(payload)
+        self._in_runs += 1
+
+    def end_runs(self) -> None:
+        """Say now what the messages are that were added. To be called before anything changes for their workers."""
+        runs, self._runs, self._in_runs = self._runs, {}, 0
+        for alike, first, payloads in runs.values():
+            self._append(self._bus.take_run(msgspec.structs.replace(alike, seq=first), payloads))
+
+    def _append(self, items: list[Item]) -> None:
         for stream, what in items:
             self._burst.add(stream, what)
+
+    def flush_now(self) -> bool:
+        """Hand over what was added, unless the queue is full. Whether it was."""
+        self.end_runs()
+        if self._lock.locked() or not self._queue.offer(self._burst):
+            return False
+        self._burst = Burst()
+        return True
 
     async def flush(self) -> None:
         """Hand over what was added, as one burst. Returns when the queue has it, or is closed."""
         async with self._lock:
+            self.end_runs()
             while self._burst.items and not self._queue.offer(self._burst):
                 await asyncio.sleep(_ROOM_LOOK_S)
+                self.end_runs()
             self._burst = Burst()
 
 
@@ -66,7 +107,8 @@ class NatsBus:
     def __init__(self, bus: BusSource, config: NatsConfig, queue: FrameQueue) -> None:
         self.bus = bus
         self.config = config
-        self.outlet = Outlet(queue)
+        self.outlet = Outlet(queue, bus)
+        self._plain = PlainMessages()
         self._connector = NatsConnector(config.connection, f"kvcensus {config.name}")
         self._backoff = Backoff(config.connection)
         self._drop_logged_s = 0.0
@@ -103,6 +145,7 @@ class NatsBus:
             await self.leave(connection)
             raise
         finally:
+            self.outlet.end_runs()
             self.bus.connection_lost()
             await connection.close()
             await self.outlet.flush()
@@ -125,9 +168,27 @@ class NatsBus:
         size = len(payload)
         bus.counters.messages += 1
         bus.counters.bytes += size
-        settings = bus.settings
-        opening = open_message(settings.type, settings.worker_prefix, message.subject, message.headers, payload)
+        settings, headers = bus.settings, message.headers
+        subject, raw = message.subject.encode(), headers.raw if isinstance(headers, Headers) else b""
+        plain = self._plain.open(subject, raw)
+        if plain is not None:
+            self.outlet.add_message(*plain, payload)
+            return
+        opening = open_message(settings.type, settings.worker_prefix, message.subject, headers, payload)
         self.outlet.add(bus.take(opening, payload))
+        self._plain.note(subject, raw, opening)
+
+    def take_plain(self, subject: bytes, headers: bytes, payload: bytes) -> bool:
+        """One message, if it is as earlier ones of its worker and there is room. False: it was not taken."""
+        if len(self.outlet) >= BURST_ITEMS and not self.outlet.flush_now():
+            return False
+        plain = self._plain.open(subject, headers)
+        if plain is None:
+            return False
+        self.bus.counters.messages += 1
+        self.bus.counters.bytes += len(payload)
+        self.outlet.add_message(*plain, payload)
+        return True
 
     async def take_sign_of_life(self, message: Msg) -> None:
         """One sign of life of a relay."""
@@ -135,6 +196,7 @@ class NatsBus:
 
     def _dropped(self, subject: str) -> None:
         self.bus.counters.dropped += 1
+        self.outlet.end_runs()
         self.bus.bus.doubt()
         now = asyncio.get_running_loop().time()
         if now - self._drop_logged_s > _LOG_EVERY_S:

@@ -23,6 +23,7 @@ from nats.aio.subscription import Subscription
 from ..config import NatsServers
 from ..credentials import CredentialError
 from ..nats_credentials import client_tls, read_nkey_seed, read_secret_line, read_user_credentials
+from .nats_headers import VERSION_LINE, Headers
 from .nats_problems import NatsProblem, NoAnswer, not_connected, not_permitted, violation
 
 _CLOSE_S = 0.5
@@ -31,6 +32,8 @@ _MOST_DISCOVERED = 64
 _UNANSWERED_PINGS = 2
 
 Callback = Callable[[Msg], Awaitable[None]]
+TakeAtOnce = Callable[[bytes, bytes, bytes], bool]
+"""Takes a message by its subject, headers and payload. False when it is to take the way of the others."""
 
 
 class _Client(Client):
@@ -42,6 +45,8 @@ class _Client(Client):
         self._url = url
         self.offer: dict[str, Any] = {}
         """What the server said of itself."""
+        self.at_once: dict[int, TakeAtOnce] = {}
+        """By the number of a subscription."""
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if initial_connection:
@@ -53,11 +58,23 @@ class _Client(Client):
                     raise NatsProblem(f"{self._url} offers no TLS, which was asked for: nothing was sent to it")
         await super()._process_info(info, initial_connection)
 
-    @staticmethod
-    def _parse_header_lines(raw: bytes) -> dict[str, str]:
-        """As nats-py's, which looks at each character of a name and takes a third of the time of a message."""
-        lines = raw.decode("utf-8", "replace").split("\r\n")
-        return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        """nats-py makes an object of each message, which waits for a task. Behind one that waits, all others wait."""
+        take, subscription = self.at_once.get(sid), self._subs.get(sid)
+        if take is not None and headers and subscription is not None and subscription._pending_queue.empty():
+            try:
+                if take(subject, headers, data):
+                    return
+            except Exception as error:  # noqa: BLE001 - as nats-py does with those of a callback
+                await self._error_cb(error)
+                return
+        await super()._process_msg(sid, subject, reply, data, headers)
+
+    async def _process_headers(self, headers: bytes | None) -> Any:
+        """nats-py reads the headers of each message, which takes a third of the time of a message."""
+        if headers and headers.startswith(VERSION_LINE):
+            return Headers(headers)
+        return await super()._process_headers(headers)
 
 
 class NatsConnection:
@@ -65,6 +82,7 @@ class NatsConnection:
 
     def __init__(self, client: _Client, url: str, servers: NatsServers) -> None:
         self.client: Client = client
+        self._at_once = client.at_once
         self.url = url
         self._offer = client.offer
         self._servers = servers
@@ -118,10 +136,19 @@ class NatsConnection:
         error = self.client.last_error or errors.UnexpectedEOF()
         return not_connected(error, self.url, self._servers, {})
 
-    async def subscribe(self, subject: str, callback: Callback, *, max_messages: int, max_bytes: int) -> Subscription:
+    async def subscribe(
+        self,
+        subject: str,
+        callback: Callback,
+        *,
+        max_messages: int,
+        max_bytes: int,
+        at_once: TakeAtOnce | None = None,
+    ) -> Subscription:
         """Subscribe, and make sure that the server has it. Raises NatsProblem when it refuses.
 
-        `max_messages` and `max_bytes` may wait for the callback; what comes beyond is dropped. 0 is no bound.
+        `max_messages` and `max_bytes` may wait for the callback; what comes beyond is dropped. 0 is no bound. While
+        none waits, `at_once` is asked first.
         """
         self._note(subject)
         try:
@@ -136,10 +163,13 @@ class NatsConnection:
         if problem := self.refused.get(subject):
             await self.unsubscribe(subscription)
             raise NatsProblem(problem)
+        if at_once is not None:
+            self._at_once[subscription._id] = at_once
         return subscription
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """End a subscription, whether or not the server has it."""
+        self._at_once.pop(subscription._id, None)
         with suppress(errors.Error, OSError):
             await subscription.unsubscribe()
 

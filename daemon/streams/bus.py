@@ -181,6 +181,30 @@ class Bus:
             self._note(name, head)
         return verdicts
 
+    def receive_run(self, head: Delivery, payloads: list[bytes], now_ms: int) -> Verdicts:
+        """Messages of one worker and epoch, numbered on its own from `head.seq` on: what `receive` comes to for each.
+
+        The list of payloads is given away.
+        """
+        key = key_of(head)
+        worker, numbering = self.workers.get(key), self._numberings.get(_own(head.lineage, key))
+        if worker is None or numbering is None or not self._continues(worker, numbering, head):
+            verdicts: Verdicts = []
+            for seq, payload in enumerate(payloads, head.seq):
+                verdicts += self.receive([msgspec.structs.replace(head, seq=seq, payload=payload)], now_ms)
+            return verdicts
+        worker.applied = numbering.last = head.seq + len(payloads) - 1
+        worker.life_at_ms = now_ms
+        worker.counters.messages += len(payloads)
+        worker.counters.bytes += sum(map(len, payloads))
+        return [(key, Apply(head.seq, payloads))]
+
+    @staticmethod
+    def _continues(worker: WorkerLife, numbering: _Numbering, head: Delivery) -> bool:
+        """Whether a message is simply the next one of a worker that is believed."""
+        lives = worker.life == numbering.epoch == head.epoch and worker.lineage == head.lineage != ""
+        return lives and worker.epoch > 0 and worker.proven and worker.applied + 1 == numbering.last + 1 == head.seq
+
     def lost(self, reason: str) -> Verdicts:
         """The bus itself says that messages are gone, and not whose: no worker can be believed."""
         for numbering in self._numberings.values():

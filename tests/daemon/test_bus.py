@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -60,6 +60,65 @@ def told(verdicts: Verdicts) -> list[str]:
 
 def feed(one: Bus, *messages: list[Delivery], now_ms: int = 0) -> list[str]:
     return [word for message in messages for word in told(one.receive(message, now_ms))]
+
+
+def alone(verdicts: Verdicts) -> Verdicts:
+    """The verdicts with each message on its own."""
+    return [
+        (key, one)
+        for key, verdict in verdicts
+        for one in (
+            [Apply(seq, [payload]) for seq, payload in enumerate(verdict.payloads, verdict.seq)]
+            if isinstance(verdict, Apply)
+            else [verdict]
+        )
+    ]
+
+
+RUNS = st.tuples(
+    st.sampled_from("vw"),
+    st.sampled_from("rq"),
+    st.integers(1, 2),
+    st.one_of(st.none(), st.integers(0, 6)),
+    st.integers(1, 4),
+)
+HAPPENINGS = st.one_of(RUNS, RUNS, st.sampled_from(["lose the connection", "connect", "lose messages", "beat", "tick"]))
+
+
+@given(st.booleans(), st.lists(HAPPENINGS, max_size=14))
+def test_a_run_of_messages_is_what_its_messages_are_one_by_one(durable: bool, happenings: list[object]) -> None:
+    together, apart = bus(durable=durable, lease_ms=900), bus(durable=durable, lease_ms=900)
+    following: dict[tuple[str, str, int], int] = {}
+    for now, happening in enumerate(happenings):
+        if isinstance(happening, tuple):
+            worker, lineage, epoch, start, count = happening
+            seq = following.get((worker, lineage, epoch), 0) if start is None else start
+            following[worker, lineage, epoch] = seq + count
+            (head,) = relayed(seq, worker=worker, lineage=lineage, epoch=epoch)
+            payloads = [b"%d" % one for one in range(seq, seq + count)]
+            expected = [
+                found
+                for one in range(seq, seq + count)
+                for found in apart.receive(relayed(one, worker=worker, lineage=lineage, epoch=epoch), 500 * now)
+            ]
+            assert alone(together.receive_run(head, payloads, 500 * now)) == expected
+        else:
+            told_to = []
+            for one in (together, apart):
+                if happening == "lose the connection":
+                    told_to.append(one.disconnected())
+                elif happening == "connect":
+                    told_to.append(one.connected(500 * now))
+                elif happening == "lose messages":
+                    told_to.append(one.lost("x"))
+                elif happening == "beat":
+                    told_to.append(one.receive(relayed(3, control=Control.ALIVE), 500 * now))
+                else:
+                    told_to.append(one.tick(500 * now))
+            assert told_to[0] == told_to[1]
+        assert [vars(one) | {"_bus": 0, "counters": vars(one.counters)} for one in together.workers.values()] == [
+            vars(one) | {"_bus": 0, "counters": vars(one.counters)} for one in apart.workers.values()
+        ]
 
 
 def test_a_worker_seen_from_its_first_message_is_believed() -> None:
