@@ -41,7 +41,7 @@ class PlainMessages:
             return
         (delivery,) = opening.deliveries
         plain = delivery.control is Control.NONE and delivery.lineage and not delivery.shared
-        if plain and delivery.seq == alike[1] and SEQ.encode() not in alike[0]:
+        if plain and SEQ.encode() not in alike[0]:
             if len(self._known) >= _KEPT:
                 self._known.clear()
             self._known[subject, alike[0]] = msgspec.structs.replace(delivery, seq=-1, payload=b"")
