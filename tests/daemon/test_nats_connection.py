@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+from nats.aio.msg import Msg
 
 from kvcensus.daemon.config import NatsServers
 from kvcensus.daemon.sources.nats_connection import Backoff, NatsConnection, NatsConnector
@@ -419,6 +420,56 @@ def test_requests_on_one_subject_at_a_time_do_not_know_of_each_other(restricted:
     assert first.endswith("nobody answers on A")
     assert second == first
     assert ["no permission to publish to Secret.Api" in one for one in refused] == [True, True]
+
+
+# Messages
+
+
+def test_a_message_is_taken_at_once_unless_one_before_it_waits(tmp_path: Path, program: Path) -> None:
+    with nats_server(tmp_path / "nats", program=program) as server:
+
+        async def use(connection: NatsConnection) -> list[str]:
+            said: list[str] = []
+            may_go_on = asyncio.Event()
+
+            async def callback(message: Msg) -> None:
+                said.append(f"waited {message.data.decode()}")
+                await may_go_on.wait()
+
+            def at_once(subject: bytes, headers: bytes, payload: bytes) -> bool:
+                if payload == b"2":
+                    return False
+                said.append(f"at once {payload.decode()} on {subject.decode()} with {headers.decode()}")
+                return True
+
+            await connection.subscribe("a.*", callback, max_messages=0, max_bytes=0, at_once=at_once)
+            for number in range(5):
+                await connection.publish("a.b", b"%d" % number, headers={"N": "x"})
+            await connection.publish("a.b", b"without headers")
+            await connection.client.flush()
+            may_go_on.set()
+            await connection.client.drain()
+            return said
+
+        first, second, *waited = connected(servers(server.url), use)
+        headers = "NATS/1.0\r\nN: x\r\n\r\n"
+        assert [first, second] == [f"at once {number} on a.b with {headers}" for number in (0, 1)]
+        assert waited == ["waited 2", "waited 3", "waited 4", "waited without headers"]
+
+
+def test_what_goes_wrong_in_taking_a_message_is_no_secret(tmp_path: Path) -> None:
+    with nats_server(tmp_path / "nats") as server:
+
+        async def use(connection: NatsConnection) -> Exception | None:
+            def at_once(subject: bytes, headers: bytes, payload: bytes) -> bool:
+                raise RuntimeError(payload.decode())
+
+            await connection.subscribe("a", ignore, max_messages=0, max_bytes=0, at_once=at_once)
+            await connection.publish("a", b"odd", headers={"N": "x"})
+            await connection.client.flush()
+            return connection.failure
+
+        assert str(connected(servers(server.url), use)) == "odd"
 
 
 def test_waits_double_up_to_a_bound_and_begin_anew_after_success() -> None:
