@@ -23,6 +23,7 @@ from .catalog import Tables, WriterCatalog
 from .overlay import Overlay
 from .rows import (
     LENGTH,
+    NOBODY,
     PARENT_KNOWN,
     ROW,
     ROW_OF_ONE,
@@ -66,18 +67,74 @@ class Batch:
             for block_hash in operation.block_hashes
         ]
         self._overlay.fetch(chain(keys, _parent_keys(operations)))
-        start = 0
-        for operation in operations:
-            if isinstance(operation, StoreRun):
-                end = start + len(operation.block_hashes)
-                self._store(operation, keys[start:end])
-                start = end
-            elif isinstance(operation, RemoveBlocks):
-                end = start + len(operation.block_hashes)
-                self._remove(operation, keys[start:end])
-                start = end
+        self._apply(operations, keys)
+
+    def _apply(self, operations: Sequence[Operation], keys: list[bytes]) -> None:
+        """One after the other. What engines say most often, one new block of a chain, is stored right here."""
+        rows = self._overlay.rows
+        start = stored = 0
+        last: StoreRun | None = None
+        for run in operations:
+            if (
+                not isinstance(run, StoreRun)
+                or len(run.block_hashes) != 1
+                or not run.consecutive
+                or rows[keys[start]] is not None
+            ):
+                start = self._apply_any(run, keys, start)
+                last = last if isinstance(run, RemoveBlocks) else None
+                continue
+            if (
+                last is None
+                or run.scope is not last.scope
+                or run.spec is not last.spec
+                or run.worker_id is not last.worker_id
+                or run.tier is not last.tier
+                or run.group != last.group
+            ):
+                last, place, scope = run, *self._place_and_scope(run)
+                counts = self._catalog.counting(place)
+            key, parent = keys[start], run.parent
+            start += 1
+            own_scope, beside, flags = scope, None, PARENT_KNOWN
+            if parent:
+                parent_key = LENGTH[len(parent)] + parent + ROW
+                beside = rows[parent_key]
+                before = NOBODY if beside is None else sole_holder(beside)
+                if before[0] == place and before[1] == scope and before[2] >= 0:
+                    index = before[2] + 1
+                else:
+                    own_scope, index = self._chain_of(run, place)
+            elif parent is None:
+                parent, flags, index = ROOT, 0, told_index(run)
             else:
-                self.clear(operation)
+                index = 0
+            if beside is not None and beside[0] == 0:
+                rows[parent_key] = key[:-1] + beside[1:]
+            elif flags:
+                self._overlay.link(parent, run.block_hashes[0])
+            size = run.bytes_per_block
+            row = ROW_OF_ONE.pack(0, place, own_scope, 1, index, run.token_count, run.at_ms, size, flags, len(parent))
+            rows[key] = row + parent
+            stored += 1
+            counts[0] += 1
+            counts[1] += size
+        self.result.stored += stored
+
+    def _place_and_scope(self, run: StoreRun) -> tuple[int, int]:
+        return self._catalog.place(self._txn, run), self._catalog.scope_number(self._txn, run.scope)
+
+    def _apply_any(self, operation: Operation, keys: list[bytes], start: int) -> int:
+        """Apply an operation whose first key is at `start`. Returns where the keys of the next one are."""
+        if isinstance(operation, ClearBlocks):
+            self.clear(operation)
+            return start
+        end = start + len(operation.block_hashes)
+        if isinstance(operation, StoreRun):
+            self._store(operation, keys[start:end])
+        else:
+            self._remove(operation, keys[start:end])
+        return end
 
     def finish(self) -> None:
         """Write rows, links and counts."""
@@ -100,27 +157,10 @@ class Batch:
                 self._store_block(key, block_hash, self._placed_by_sibling(run, key, place), run)
             return
         scope, index = self._chain_of(run, place)
-        rows = self._overlay.rows
-        if len(keys) == 1 and rows[keys[0]] is None:
-            self._store_one(run, keys[0], place, scope, index)
-        elif any(map(rows.__getitem__, keys)) or len(set(keys)) < len(keys):
+        if any(map(self._overlay.rows.__getitem__, keys)) or len(set(keys)) < len(keys):
             self._store_mixed(run, keys, place, scope, index)
         else:
             self._store_new(run, keys, place, scope, index)
-
-    def _store_one(self, run: StoreRun, key: bytes, place: int, scope: int, index: int) -> None:
-        """Store a block that has no row."""
-        parent, tokens, size = run.parent, run.token_count, run.bytes_per_block
-        if parent is None:
-            row = ROW_OF_ONE.pack(0, place, scope, 1, index, tokens, run.at_ms, size, 0, 0)
-        else:
-            row = (
-                ROW_OF_ONE.pack(0, place, scope, 1, index, tokens, run.at_ms, size, PARENT_KNOWN, len(parent)) + parent
-            )
-            self._overlay.link(parent, run.block_hashes[0])
-        self._overlay.rows[key] = row
-        self._catalog.count(place, 1, size)
-        self.result.stored += 1
 
     def _store_new(self, run: StoreRun, keys: list[bytes], place: int, scope: int, index: int) -> None:
         """Store a chain of blocks none of which has a row: rows are put together without an `Entry` in between."""
@@ -367,16 +407,16 @@ class Batch:
 
 
 def _parent_keys(operations: Sequence[Operation]) -> list[bytes]:
-    """Keys of the parents of runs, less those that are the last block of the run before."""
+    """Keys of the parents of runs, less those that are the last block of a run before."""
     keys = []
-    last = None
+    ends = set()
     for operation in operations:
         if isinstance(operation, StoreRun):
             parent = operation.parent
-            if parent and parent != last:
+            if parent and parent not in ends:
                 keys.append(LENGTH[len(parent)] + parent + ROW)
             if operation.block_hashes:
-                last = operation.block_hashes[-1]
+                ends.add(operation.block_hashes[-1])
     return keys
 
 

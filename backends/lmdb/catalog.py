@@ -191,10 +191,14 @@ class WriterCatalog:
 
     def count(self, number: int, records: int, size: int) -> None:
         """Add to the records and bytes of a place."""
-        counts = self.counts[number]
+        counts = self.counting(number)
         counts[0] += records
         counts[1] += size
+
+    def counting(self, number: int) -> list[int]:
+        """The records and bytes of a place, to be added to."""
         self._changed_counts.add(number)
+        return self.counts[number]
 
     def bury(self, txn: lmdb.Transaction[bytes], number: int) -> int:
         """Make a place dead: its entries no longer count. Returns how many there were."""

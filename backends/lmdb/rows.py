@@ -57,6 +57,9 @@ _TOGETHER_MIN = 8
 LENGTH = tuple(bytes((length,)) for length in range(MAX_HASH_BYTES + 1))
 """What a hash of each length is preceded by."""
 
+NOBODY = (-1, -1, -1)
+"""The (place, scope, index) of no entry."""
+
 PINNED = 1
 PARENT_KNOWN = 2
 
@@ -117,11 +120,11 @@ def sole_entry(row: bytes) -> Entry | None:
 
 
 def sole_holder(row: bytes) -> tuple[int, int, int]:
-    """The (place, scope, index) of the only entry of a row; (-1, -1, -1) when there are more."""
+    """The (place, scope, index) of the only entry of a row; `NOBODY` when there are more."""
     at = 1 + row[0]
     if at + ENTRY_SIZE + row[at + PARENT_LEN_AT] == len(row):
         return _PLACE_SCOPE_INDEX.unpack_from(row, at)
-    return -1, -1, -1
+    return NOBODY
 
 
 def holders(row: bytes) -> list[tuple[int, int]]:
