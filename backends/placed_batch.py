@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from struct import Struct
-from typing import NamedTuple
 
 from .entries import Entry, PlaceRow, beside_sibling, merged, place_order, scope_order, told_index
 from .model import (
@@ -23,7 +22,7 @@ from .model import (
     StoreRun,
 )
 from .placed_catalog import WriterCatalog
-from .placed_rows import LENGTH, PARENT_KNOWN, PARENT_LEN_AT, SCOPE_AND_INDEX, is_sole, pack_entry, unpack_row
+from .placed_rows import ENTRY, LENGTH, PARENT_KNOWN, PARENT_LEN_AT, SCOPE_AND_INDEX, is_sole, pack_entry, unpack_row
 
 _LINKED = b""
 """The value of a link."""
@@ -33,14 +32,8 @@ _TAIL = Struct(">IQQB")
 _SOLE = Struct(">4xI16xQ")
 """Copies and size of a row's first entry."""
 
-
-class _Step(NamedTuple):
-    """An operation and the keys of its rows: by place and then by block for a removal."""
-
-    operation: StoreRun | RemoveBlocks
-    places: tuple[int, ...]
-    keys: list[bytes]
-
+_Step = tuple[StoreRun | RemoveBlocks, tuple[int, ...], list[bytes], bytes]
+"""An operation, its places, the keys of its rows (by place and then by block for a removal), and that of the parent."""
 
 Look = Callable[[list[bytes]], Sequence[bytes | None]]
 """Values by key, None for a key that is not there."""
@@ -67,7 +60,10 @@ class PlacedBatch(ABC):
     @staticmethod
     @abstractmethod
     def link_keys(place: int, parents: Sequence[bytes], hashes: Sequence[bytes], keys: Sequence[bytes]) -> list[bytes]:
-        """The keys of the links from each of the parents to the block beside it, whose row at the place has its key."""
+        """The keys of the links from each of the parents to the block beside it.
+
+        Both `parents` and `keys` are what `row_keys` makes of a block, or of `ROOT`, at the place.
+        """
 
     def run(self, operations: Sequence[Operation]) -> None:
         """Apply operations in order. What is between two clears is looked up together."""
@@ -82,48 +78,41 @@ class PlacedBatch(ABC):
         self._run_part(part)
 
     def _run_part(self, operations: Sequence[StoreRun | RemoveBlocks]) -> None:
-        steps = []
+        steps: list[_Step] = []
         wanted: list[bytes] = []
+        ends: set[bytes] = set()
         for operation in operations:
-            step = self._stored_at(operation) if isinstance(operation, StoreRun) else self._removed_from(operation)
-            steps.append(step)
-            wanted += step.keys
-        wanted += self._keys_beside(steps)
+            if isinstance(operation, RemoveBlocks):
+                steps.append(self._removed_from(operation))
+                wanted += steps[-1][2]
+                continue
+            place = self._catalog.place(operation)
+            keys = self.row_keys(place, (*operation.block_hashes, operation.parent or ROOT))
+            parent_key = keys.pop()
+            steps.append((operation, (place,), keys, parent_key))
+            wanted += keys
+            if not operation.consecutive:
+                wanted += self._keys_of_siblings(operation, place)
+            elif operation.parent and parent_key not in ends:
+                wanted.append(parent_key)
+            if keys:
+                ends.add(keys[-1])
         self._fetch(wanted)
-        for step in steps:
-            if isinstance(step.operation, StoreRun):
-                self._store_run(step.operation, step.places[0], step.keys)
+        for operation, places, keys, parent_key in steps:
+            if isinstance(operation, StoreRun):
+                self._store_run(operation, places[0], keys, parent_key)
             else:
-                self._remove(step.operation, step.places, step.keys)
-
-    def _stored_at(self, run: StoreRun) -> _Step:
-        place = self._catalog.place(run)
-        return _Step(run, (place,), self.row_keys(place, run.block_hashes))
+                self._remove(operation, places, keys)
 
     def _removed_from(self, removal: RemoveBlocks) -> _Step:
         places = self._catalog.places_of(removal.worker_id)
         concerned = tuple(number for number, row in places.items() if _concerns(row, removal))
         keys = [key for number in concerned for key in self.row_keys(number, removal.block_hashes)]
-        return _Step(removal, concerned, keys)
+        return removal, concerned, keys, b""
 
-    def _keys_beside(self, steps: Iterable[_Step]) -> list[bytes]:
-        """Keys of the parents of runs, less those that are the last block of the run before, and of siblings."""
-        keys = []
-        last: tuple[int, bytes | None] = (-1, None)
-        for step in steps:
-            run = step.operation
-            if not isinstance(run, StoreRun):
-                continue
-            place = step.places[0]
-            if not run.consecutive:
-                for other in self._catalog.places_of(run.worker_id):
-                    if other != place:
-                        keys += self.row_keys(other, run.block_hashes)
-            elif run.parent and (place, run.parent) != last:
-                keys += self.row_keys(place, (run.parent,))
-            if run.block_hashes:
-                last = (place, run.block_hashes[-1])
-        return keys
+    def _keys_of_siblings(self, run: StoreRun, place: int) -> list[bytes]:
+        others = (number for number in self._catalog.places_of(run.worker_id) if number != place)
+        return [key for number in others for key in self.row_keys(number, run.block_hashes)]
 
     def _fetch(self, keys: list[bytes]) -> None:
         """Look up the rows that are not known yet."""
@@ -153,7 +142,7 @@ class PlacedBatch(ABC):
         self._catalog.flush(changed)
         return changed
 
-    def _store_run(self, run: StoreRun, place: int, keys: list[bytes]) -> None:
+    def _store_run(self, run: StoreRun, place: int, keys: list[bytes], parent_key: bytes) -> None:
         if not keys:
             return
         if not run.consecutive:
@@ -162,25 +151,43 @@ class PlacedBatch(ABC):
                 scope = self._catalog.scope_number(run.scope) if own is None else own.scope
                 self._store_block(key, block_hash, beside_sibling(run, place, scope, own), run)
             return
-        scope, index = self._chain_of(run, place)
-        if any(map(self._rows.__getitem__, keys)) or len(set(keys)) < len(keys):
+        scope, index = self._chain_of(run, place, parent_key)
+        if len(keys) == 1 and self._rows[keys[0]] is None:
+            self._store_one(run, keys, place, scope, index, parent_key)
+        elif any(map(self._rows.__getitem__, keys)) or len(set(keys)) < len(keys):
             self._store_mixed(run, keys, place, scope, index)
         else:
-            self._store_new(run, keys, place, scope, index)
+            self._store_new(run, keys, place, scope, index, parent_key)
 
-    def _store_new(self, run: StoreRun, keys: list[bytes], place: int, scope: int, index: int) -> None:
+    def _store_one(
+        self, run: StoreRun, keys: list[bytes], place: int, scope: int, index: int, parent_key: bytes
+    ) -> None:
+        """Store a block that has no row here."""
+        parent, size = run.parent, run.bytes_per_block
+        if parent is None:
+            row = ENTRY.pack(scope, 1, index, run.token_count, run.at_ms, size, 0, 0)
+        else:
+            row = ENTRY.pack(scope, 1, index, run.token_count, run.at_ms, size, PARENT_KNOWN, len(parent)) + parent
+            self._links[self.link_keys(place, (parent_key,), run.block_hashes, keys)[0]] = _LINKED
+        self._rows[keys[0]] = row
+        self._catalog.count(place, 1, size)
+        self.result.stored += 1
+
+    def _store_new(
+        self, run: StoreRun, keys: list[bytes], place: int, scope: int, index: int, parent_key: bytes
+    ) -> None:
         """Store a chain of blocks none of which has a row here: rows are put together without an `Entry` in between."""
         head = _HEAD.pack(scope, 1)
         tail = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, PARENT_KNOWN)
-        hashes, count = run.block_hashes, len(keys)
-        parents = hashes[:-1] if run.parent is None else (run.parent, *hashes[:-1])
-        named = [tail + LENGTH[len(parent)] + parent for parent in parents]
-        if run.parent is None:
-            named.insert(0, _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, 0) + LENGTH[0])
+        hashes, parent, count = run.block_hashes, run.parent, len(keys)
+        named = [tail + LENGTH[len(one)] + one for one in (parent or ROOT, *hashes[:-1])]
+        links = self.link_keys(place, (parent_key, *keys[:-1]), hashes, keys)
+        if parent is None:
+            named[0] = _TAIL.pack(run.token_count, run.at_ms, run.bytes_per_block, 0) + LENGTH[0]
+            del links[0]
         indexes = map(_INDEX.pack, range(index, index + count)) if index >= 0 else repeat(_INDEX.pack(-1))
         self._rows.update(zip(keys, map(b"".join, zip(repeat(head), indexes, named))))
-        linked = count - len(parents)
-        self._links.update(zip(self.link_keys(place, parents, hashes[linked:], keys[linked:]), repeat(_LINKED)))
+        self._links.update(zip(links, repeat(_LINKED)))
         self._catalog.count(place, count, count * run.bytes_per_block)
         self.result.stored += count
 
@@ -211,13 +218,13 @@ class PlacedBatch(ABC):
         self.result.stored += 1
         self._write(entry.place, key, block_hash, entries, [*entries, entry])
 
-    def _chain_of(self, run: StoreRun, place: int) -> tuple[int, int]:
+    def _chain_of(self, run: StoreRun, place: int, parent_key: bytes) -> tuple[int, int]:
         """The number of a run's scope and the index of its first block, from the worker's own record of the parent."""
         scope = self._catalog.scope_number(run.scope)
         parent = run.parent
         if not parent:
             return scope, 0 if parent == ROOT else told_index(run)
-        row = self._rows[self._row_key(place, parent)]
+        row = self._rows[parent_key]
         if row is not None and is_sole(row):
             sole_scope, index = SCOPE_AND_INDEX.unpack_from(row)
             if sole_scope == scope:
@@ -259,7 +266,8 @@ class PlacedBatch(ABC):
                 self._link(place, parent, block_hash, key, _LINKED)
 
     def _link(self, place: int, parent: bytes, block_hash: bytes, key: bytes, value: bytes | None) -> None:
-        self._links.update(dict.fromkeys(self.link_keys(place, (parent,), (block_hash,), (key,)), value))
+        parents = self.row_keys(place, (parent,))
+        self._links.update(dict.fromkeys(self.link_keys(place, parents, (block_hash,), (key,)), value))
 
     def _row_key(self, place: int, block_hash: bytes) -> bytes:
         return self.row_keys(place, (block_hash,))[0]
@@ -298,7 +306,7 @@ class PlacedBatch(ABC):
             removed += len(old) - len(kept)
             size += sum(entry.size for entry in old)
             self._write(place, key, hashes[at], old, kept)
-        self._links.update(dict.fromkeys(self.link_keys(place, parents, children, unlinked)))
+        self._links.update(dict.fromkeys(self.link_keys(place, self.row_keys(place, parents), children, unlinked)))
         if removed or size:
             self._catalog.count(place, -removed, -size)
         self.result.removed += removed

@@ -9,7 +9,7 @@ from rocksdict import WriteBatch
 from ..placed_batch import PlacedBatch
 from ..placed_catalog import WriterCatalog
 from ..placed_rows import LENGTH
-from .rows import BLOCKS, link_infix, row_suffix
+from .rows import BLOCKS, SUFFIX_SIZE, link_infix, row_suffix
 from .store import Store
 
 
@@ -28,7 +28,7 @@ class Batch(PlacedBatch):
     @staticmethod
     def link_keys(place: int, parents: Sequence[bytes], hashes: Sequence[bytes], keys: Sequence[bytes]) -> list[bytes]:
         infix = link_infix(place)
-        return [LENGTH[len(parent)] + parent + infix + one for parent, one in zip(parents, hashes)]
+        return [parent[:-SUFFIX_SIZE] + infix + one for parent, one in zip(parents, hashes)]
 
     def clear_everything(self) -> None:
         """Drop every row and link at once. Nothing else may be in the batch."""

@@ -31,6 +31,8 @@ SCHEMA = 1
 
 ROW = b"\x00"
 LINK = b"\x01"
+SUFFIX_SIZE = len(ROW) + NUMBER.size
+"""What follows the name of a block in the key of a row."""
 PREFIX_SIZE = 9
 """The length of a hash and its first 8 bytes. Shorter hashes, and the root, have no such prefix."""
 BLOCKS = (b"\x00", b"\xff")

@@ -26,6 +26,8 @@ from kvcensus.backends.model import (
     RemoveBlocks,
     StoreRun,
 )
+from kvcensus.backends.placed_batch import PlacedBatch
+from kvcensus.backends.rocksdb.backend import RocksdbBackend
 
 USUAL = StoreRun("a", 0, IdentityScope("m", "t"), CacheTier.HBM, (), spec=GroupSpec(block_size=16))
 UNUSUAL: tuple[dict[str, Any], ...] = (
@@ -83,6 +85,17 @@ def lmdb_after(calls: Sequence[Sequence[Operation]]) -> Stored:
                 return results, {name: list(txn.cursor(table)) for name, table in zip(names, tables)}
 
 
+def rocksdb_after(calls: Sequence[Sequence[Operation]]) -> Stored:
+    with tempfile.TemporaryDirectory() as directory:
+        backend = RocksdbBackend(Path(directory))
+        results = [backend.apply(call) for call in calls]
+        pinned = backend._store.pin()
+        rows = list(backend._store.walk(pinned, b"", b"\xff\xff"))
+        pinned.release()
+        backend.close()
+        return results, {b"": rows}
+
+
 def by_the_way_of_all(batch: Batch, operations: Sequence[Operation], keys: list[bytes]) -> None:
     start = 0
     for operation in operations:
@@ -95,3 +108,17 @@ def test_lmdb_has_the_same_tables_by_the_short_way_and_by_the_way_of_all(calls: 
     by_the_short_way = lmdb_after(calls)
     with mock.patch.object(Batch, "_apply", by_the_way_of_all):
         assert lmdb_after(calls) == by_the_short_way
+
+
+def as_if_it_had_a_row(
+    batch: PlacedBatch, run: StoreRun, keys: list[bytes], place: int, scope: int, index: int, _: bytes
+) -> None:
+    batch._store_mixed(run, keys, place, scope, index)
+
+
+@settings(max_examples=60)
+@given(calls_of())
+def test_rocksdb_has_the_same_rows_by_the_short_way_and_as_if_the_block_had_a_row(calls: list[list[Operation]]) -> None:
+    by_the_short_way = rocksdb_after(calls)
+    with mock.patch.object(PlacedBatch, "_store_one", as_if_it_had_a_row):
+        assert rocksdb_after(calls) == by_the_short_way

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvcensus.backends.placed_batch import PlacedBatch
 from kvcensus.backends.placed_rows import NUMBER
 
-from .rows import link_key, name_of, rows_of
+from .rows import link_key, rows_of
 
 
 class Batch(PlacedBatch):
@@ -20,4 +20,4 @@ class Batch(PlacedBatch):
 
     @staticmethod
     def link_keys(place: int, parents: Sequence[bytes], hashes: Sequence[bytes], keys: Sequence[bytes]) -> list[bytes]:
-        return list(map(link_key, map(name_of, parents), keys))
+        return list(map(link_key, parents, keys))

@@ -62,9 +62,9 @@ def links_of(parent: bytes) -> bytes:
     return LINK + name_of(parent)
 
 
-def link_key(parent_name: bytes, row_key: bytes) -> bytes:
-    """The key of the link from a parent, by its name, to the block of a row at the place of that row."""
-    return LINK + parent_name + row_key[len(ROW) :]
+def link_key(parent_row_key: bytes, row_key: bytes) -> bytes:
+    """The key of the link from a parent to a block, by the keys of their rows at a place."""
+    return LINK + parent_row_key[len(ROW) : -NUMBER.size] + row_key[len(ROW) :]
 
 
 def row_linked(link: bytes) -> bytes:
