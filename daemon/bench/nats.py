@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 import nats
+from nats.aio.client import Client
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from ..relay.convention import EVENTS_PREFIX, Address, address_headers, every_subject, numbered, subject_of
@@ -29,6 +30,7 @@ STREAM = "BENCH"
 
 _WAIT_S = 300.0
 _POLL_S = 0.02
+_FLUSH_S = 60
 _PULL = 512
 _UNACKNOWLEDGED = 512
 _PENDING_BYTES = 1 << 30
@@ -179,9 +181,15 @@ async def _publish(url: str, blocks: int, blocks_per_message: int, kind: str) ->
             await jetstream.publish_async(subject, payload, headers=said)
     if kind != "core":
         await jetstream.publish_async_completed()
-    await client.flush()
+    await _written(client)
     _say("done")
     await client.close()
+
+
+async def _written(client: Client) -> None:
+    """Returns once the server has all that was published: nats-py's first ping overtakes what waits to be written."""
+    await client.flush(_FLUSH_S)
+    await client.flush(_FLUSH_S)
 
 
 async def _count_core(url: str, messages: int) -> None:

@@ -447,6 +447,7 @@ def test_a_message_is_taken_at_once_unless_one_before_it_waits(tmp_path: Path, p
                 await connection.publish("a.b", b"%d" % number, headers={"N": "x"})
             await connection.publish("a.b", b"without headers")
             await connection.client.flush()
+            await connection.client.flush()
             may_go_on.set()
             await connection.client.drain()
             return said
@@ -466,6 +467,7 @@ def test_what_goes_wrong_in_taking_a_message_is_no_secret(tmp_path: Path) -> Non
 
             await connection.subscribe("a", ignore, max_messages=0, max_bytes=0, at_once=at_once)
             await connection.publish("a", b"odd", headers={"N": "x"})
+            await connection.client.flush()
             await connection.client.flush()
             return connection.failure
 
