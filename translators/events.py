@@ -82,7 +82,8 @@ class EventTranslator(ABC, Generic[StoredT, RemovedT]):
             self._take(batch, payload, result)
             if result.rejections or batch.rank != rank:
                 return None
-            times_ms.append(result.engine_ms)
+            if result.engine_ms:
+                times_ms.append(result.engine_ms)
         return Together(result, times_ms)
 
     def _take(

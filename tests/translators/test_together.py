@@ -33,7 +33,7 @@ def one_by_one(translator: Translator, payloads: Sequence[bytes], facts: int) ->
         whole.cleared_events += one.cleared_events
         whole.facts, whole.rank = one.facts, one.rank
         whole.engine_ms, whole.hashes = one.engine_ms, one.hashes
-        times_ms.append(one.engine_ms)
+        times_ms += [one.engine_ms] if one.engine_ms else []
     return Together(whole, times_ms)
 
 
@@ -73,6 +73,13 @@ def test_what_has_to_be_looked_at_alone_is_not_translated_together(
     assert made.translate_all([stored(1), stored(2)], 0) is not None
     for payloads in ([odd, stored(1)], [stored(1), odd], [stored(1), odd, stored(2)]):
         assert made.translate_all(payloads, 0) is None
+
+
+def test_a_message_without_a_time_has_none_among_the_others() -> None:
+    payloads = [pack([ts, [], 0]) for ts in (1.5, 0.0, 2.5)]
+    together = VllmTranslator(TranslatorOptions("engine")).translate_all(payloads, 0)
+    assert together is not None
+    assert together.times_ms == [1500, 2500]
 
 
 def test_the_bound_of_hashes_is_that_of_a_payload() -> None:
