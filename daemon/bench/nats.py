@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -90,7 +90,9 @@ def read_jetstream(url: str, blocks: int, blocks_per_message: int, backend: str,
     with _helper("count-jetstream", url, messages) as consumer:
         bare = messages / float(_line(consumer))
     with _daemon(url, STREAM, backend, directory) as port:
-        return Read(messages, bare, messages / _until(port, messages, by_position=True))
+        read = Read(messages, bare, messages / _until(port, messages, by_position=True))
+    asyncio.run(_drop_stream(url))
+    return read
 
 
 def _until(port: int, last: int, *, by_position: bool) -> float:
@@ -159,10 +161,14 @@ def _say(text: object) -> None:
 
 async def _new_stream(url: str) -> None:
     client = await nats.connect(url)
-    jetstream = client.jetstream()
-    with suppress(nats.js.errors.NotFoundError):
-        await jetstream.delete_stream(STREAM)
-    await jetstream.add_stream(name=STREAM, subjects=[every_subject(EVENTS_PREFIX)])
+    await client.jetstream().add_stream(name=STREAM, subjects=[every_subject(EVENTS_PREFIX)])
+    await client.close()
+
+
+async def _drop_stream(url: str) -> None:
+    """While there is one, the server stores what is sent over core NATS, too."""
+    client = await nats.connect(url)
+    await client.jetstream().delete_stream(STREAM)
     await client.close()
 
 
