@@ -82,18 +82,23 @@ class Followed:
         self._state_since_ms = now_ms()
         return state
 
-    def status(self) -> StreamStatus:
-        """The stream as of its last commit."""
-        cursor = self.cursor
-        state = self._shown_state
+    def worker_id(self, cursor: Cursor) -> str:
+        """The worker as of a commit; before the first message it is the configured one."""
+        return cursor.worker_id or worker_id_of(self.worker, self._rank(cursor))
+
+    def _rank(self, cursor: Cursor) -> int | None:
+        return cursor.rank if self.rank is None else self.rank
+
+    def status(self, cursor: Cursor | None = None) -> StreamStatus:
+        """The stream as of its last commit, or of the one that left this cursor."""
+        cursor, state = cursor or self.cursor, self._shown_state
         trust, reason, since_ms = self._trust(cursor, state)
-        rank = cursor.rank if self.rank is None else self.rank
         return StreamStatus(
             stream=self.stream,
             source=self.source,
             endpoint=self.endpoint,
-            worker_id=cursor.worker_id or worker_id_of(self.worker, rank),
-            rank=rank,
+            worker_id=self.worker_id(cursor),
+            rank=self._rank(cursor),
             epoch=cursor.epoch,
             last_seq=cursor.seq,
             state=state,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -242,9 +242,18 @@ class Service:
         return Readiness(ready, problems)
 
     def statuses(self) -> list[StreamStatus]:
-        upkeep = self._writer.upkeep
-        statuses = [followed.status() for followed in self._followed()]
-        return [_unwritten(one, upkeep.problem, upkeep.since_ms) for one in statuses] if upkeep.problem else statuses
+        return [self._status(followed) for followed in self._followed()]
+
+    def standings(self) -> dict[str, Callable[[], StreamStatus]]:
+        standings: dict[str, Callable[[], StreamStatus]] = {}
+        for followed in self._followed():
+            cursor = followed.cursor
+            standings[followed.worker_id(cursor)] = partial(self._status, followed, cursor)
+        return standings
+
+    def _status(self, followed: Followed, cursor: Cursor | None = None) -> StreamStatus:
+        upkeep, status = self._writer.upkeep, followed.status(cursor)
+        return _unwritten(status, upkeep.problem, upkeep.since_ms) if upkeep.problem else status
 
     def stream_counters(self) -> Sequence[StreamCounters]:
         return self._followed()

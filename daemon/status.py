@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Protocol
 
@@ -152,6 +152,9 @@ class DaemonView(Protocol):
 
     def statuses(self) -> list[StreamStatus]:
         """Every configured stream."""
+
+    def standings(self) -> Mapping[str, Callable[[], StreamStatus]]:
+        """By worker, what gives the status of its stream as of the last commit before now: most are never asked for."""
 
     def stream_counters(self) -> Sequence[StreamCounters]:
         """The counters of every configured stream, in the order of `statuses`."""

@@ -23,17 +23,28 @@ _WITHOUT_STREAM = Belief(Trust.UNTRUSTED, NO_STREAM, -1, None)
 
 
 class Beliefs:
-    """The beliefs in every worker at one moment."""
+    """The beliefs in every worker at one moment.
+
+    What is read of the index after that has all that was committed up to their numbers.
+    """
 
     def __init__(self, view: DaemonView) -> None:
-        self._statuses = {status.worker_id: status for status in view.statuses()}
+        self._standings = view.standings()
         self._now_ms = now_ms()
+        self._known: dict[str, Belief] = {}
 
     def of(self, worker_id: str) -> Belief:
         """The belief in one worker; without a stream nothing keeps its blocks true."""
-        status = self._statuses.get(worker_id)
-        if status is None:
+        belief = self._known.get(worker_id)
+        if belief is None:
+            belief = self._known[worker_id] = self._formed(worker_id)
+        return belief
+
+    def _formed(self, worker_id: str) -> Belief:
+        standing = self._standings.get(worker_id)
+        if standing is None:
             return _WITHOUT_STREAM
+        status = standing()
         return Belief(status.trust, status.reason, status.last_seq, age_ms(status, self._now_ms))
 
 

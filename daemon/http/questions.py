@@ -13,7 +13,7 @@ from kvcensus.backends.model import CacheResidency, IdentityScope
 from ..config import HttpConfig
 from ..status import DaemonView, Trust
 from .answers import RequestRefused, answer
-from .beliefs import Belief, Beliefs
+from .beliefs import Beliefs
 from .bodies import (
     ChildrenAnswer,
     ChildrenBody,
@@ -86,8 +86,9 @@ class Questions:
         wanted = read_hash(block_hash, "block_hash")
 
         def find() -> ResidenciesAnswer:
+            beliefs = Beliefs(self._view)
             found = self._view.backend.find(wanted, scope.scope() if scope else None)
-            return self._residencies(one for one in found if group is None or one.key.group == group)
+            return _believed(beliefs, (one for one in found if group is None or one.key.group == group))
 
         return answer(request, await self._reads.short(find))
 
@@ -106,22 +107,18 @@ class Questions:
         parent = read_parent(prefix_hash, "prefix_hash")
 
         def scan() -> web.Response:
-            backend, more = self._view.backend, False
+            beliefs, backend, more = Beliefs(self._view), self._view.backend, False
             if limit is None:
                 found = backend.prefix_scan(scope.scope(), parent)
             else:
                 found, more = backend.first_children(scope.scope(), parent, limit)
-            return answer(request, ChildrenAnswer(self._residencies(found).residencies, more))
+            return answer(request, ChildrenAnswer(_believed(beliefs, found).residencies, more))
 
         return await self._reads.long(scan)
 
-    def _residencies(self, found: Iterable[CacheResidency]) -> ResidenciesAnswer:
-        beliefs = Beliefs(self._view)
-        return ResidenciesAnswer([_trusted(one, beliefs.of(one.worker_id)) for one in found])
 
-
-def _trusted(residency: CacheResidency, belief: Belief) -> TrustedResidency:
-    return TrustedResidency(*fields_of(residency), *belief)
+def _believed(beliefs: Beliefs, found: Iterable[CacheResidency]) -> ResidenciesAnswer:
+    return ResidenciesAnswer([TrustedResidency(*fields_of(one), *beliefs.of(one.worker_id)) for one in found])
 
 
 def _scope_of(asked: LocateQuery) -> ScopeBody | None:

@@ -5,9 +5,10 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -109,6 +110,9 @@ class View:
 
     def statuses(self) -> list[StreamStatus]:
         return list(self.shown)
+
+    def standings(self) -> dict[str, Callable[[], StreamStatus]]:
+        return {one.worker_id: partial(msgspec.structs.replace, one) for one in self.shown}
 
     def stream_counters(self) -> list[Counters]:
         return self.counters

@@ -1,6 +1,7 @@
 """match, locate and children over real HTTP, on each backend."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
-from kvcensus.backends.model import CacheTier, IdentityScope
+from kvcensus.backends.model import CacheResidency, CacheTier, IdentityScope, WorkerMatch
 from kvcensus.daemon.config import HttpConfig
-from kvcensus.daemon.status import Trust
+from kvcensus.daemon.status import StreamStatus, Trust
 
 from .served import Client, View, block, chain, name, record, serving, status
 
@@ -230,3 +231,51 @@ def test_a_limit_of_children_leaves_out_whole_blocks_and_says_so(client: Client,
     assert client.post("/v1/children", body).json["more"] is False
     assert client.post("/v1/children", {**body, "limit": 3}).json["more"] is False
     assert client.post("/v1/children", {**body, "limit": 0}).error == (400, "invalid", "limit")
+
+
+class _Moved(MemoryBackend):
+    """While it is read, the streams go on: what they commit then may not be in what is found."""
+
+    def __init__(self, move: Callable[[], None]) -> None:
+        super().__init__()
+        self._move = move
+
+    def match(self, scope: IdentityScope | None, block_hashes: Sequence[bytes]) -> list[WorkerMatch]:
+        found = super().match(scope, block_hashes)
+        self._move()
+        return found
+
+    def find(self, block_hash: bytes, scope: IdentityScope | None = None) -> list[CacheResidency]:
+        found = super().find(block_hash, scope)
+        self._move()
+        return found
+
+    def prefix_scan(self, scope: IdentityScope, prefix_hash: bytes) -> list[CacheResidency]:
+        found = super().prefix_scan(scope, prefix_hash)
+        self._move()
+        return found
+
+
+def test_the_number_of_an_answer_is_one_whose_blocks_are_in_it_and_other_workers_are_not_looked_at() -> None:
+    asked: list[str] = []
+
+    class Streams(View):
+        def standings(self) -> dict[str, Callable[[], StreamStatus]]:
+            def ask(one: StreamStatus) -> StreamStatus:
+                asked.append(one.worker_id)
+                return one
+
+            return {one.worker_id: partial(ask, one) for one in self.shown}
+
+    view = Streams(_Moved(lambda: view.shown.__setitem__(0, status("w", last_seq=42))), [status("w"), status("other")])
+    view.backend.apply([chain(0, 2, "w")])
+    with serving(view) as client:
+        for found in (
+            lambda: client.post("/v1/match", {"block_hashes": _names(0, 2)}).json["workers"],
+            lambda: client.get(f"/v1/locate?block_hash={name(0)}").json["residencies"],
+            lambda: client.get(f"/v1/children?model_id=m&tokenizer_id=m&prefix_hash={name(0)}").json["residencies"],
+        ):
+            view.shown[0] = status("w")
+            assert [one["last_seq"] for one in found()] == [41]
+            assert view.shown[0].last_seq == 42
+    assert set(asked) == {"w"}
