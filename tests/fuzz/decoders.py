@@ -20,7 +20,7 @@ import zmq
 from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.model import MAX_HASH_BYTES, Operation, RemoveBlocks, StoreRun
 from kvcensus.daemon.followed import FollowedStream
-from kvcensus.daemon.frame_queue import FrameQueue, Item
+from kvcensus.daemon.frame_queue import Burst, FrameQueue, Item
 from kvcensus.daemon.recording import Recording, RecordingError
 from kvcensus.daemon.sources.zmq import ZmqIntake
 from kvcensus.daemon.sources.zmq_sockets import ZmqOptions
@@ -58,13 +58,21 @@ def captured_payloads() -> list[bytes]:
 
 
 def translator() -> Target:
-    """Garbage becomes operations that keep the backend's contract, or rejections with a known reason."""
+    """Garbage becomes operations that keep the backend's contract, or rejections with a known reason.
+
+    Beside itself it becomes the same twice, or nothing.
+    """
     translators = (VllmTranslator(_OPTIONS), SglangTranslator(_OPTIONS))
 
     def run(payload: bytes) -> None:
         for one in translators:
             check_translation(one.translate(payload, 0), payload)
-            check_translation(one.translate(payload, 1), payload)
+            alone = one.translate(payload, 1)
+            check_translation(alone, payload)
+            together = one.translate_all([payload, payload], 1)
+            assert (together is None) == bool(alone.rejections)
+            if together is not None:
+                assert together.translation.operations == 2 * alone.operations
 
     return Target(captured_payloads(), MSGPACK_LIES, run, packed=True)
 
@@ -119,8 +127,8 @@ class _Taken(FrameQueue):
         super().__init__(1, 1)
         self.items: list[Item] = []
 
-    def put(self, burst: list[Item], payload_bytes: int) -> bool:
-        self.items += burst
+    def put(self, burst: Burst) -> bool:
+        self.items += burst.items
         return True
 
 
@@ -191,7 +199,7 @@ def stream() -> Target:
             intake._carry_out(link, followed.state.disconnected(clock[0]))
         intake._carry_out(link, followed.state.tick(clock[0]))
         for _, item in queue.items:
-            assert len(getattr(item, "payload", b"")) <= 1 << 16
+            assert all(len(payload) <= 1 << 16 for payload in getattr(item, "payloads", ()))
         queue.items.clear()
         assert followed.state.epoch >= epoch
         assert followed.state.held <= 100
