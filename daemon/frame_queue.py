@@ -54,6 +54,10 @@ class Burst:
         """Messages, and each thing that is none."""
         self.payload_bytes = 0
         self._last: dict[Followed, Apply] = {}
+        self.extend(items)
+
+    def extend(self, items: Iterable[Item]) -> None:
+        """The next items."""
         for stream, what in items:
             self.add(stream, what)
 

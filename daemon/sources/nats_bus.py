@@ -59,7 +59,7 @@ class Outlet:
     def add(self, items: list[Item]) -> None:
         """Items for the next burst."""
         self.end_runs()
-        self._append(items)
+        self._burst.extend(items)
 
     def add_message(self, alike: Delivery, seq: int, payload: bytes) -> None:
         """A message for the next burst, said to be as others of its worker, but for its number and payload."""
@@ -77,11 +77,7 @@ class Outlet:
         """Say now what the messages are that were added. To be called before anything changes for their workers."""
         runs, self._runs, self._in_runs = self._runs, {}, 0
         for alike, first, payloads in runs.values():
-            self._append(self._bus.take_run(msgspec.structs.replace(alike, seq=first), payloads))
-
-    def _append(self, items: list[Item]) -> None:
-        for stream, what in items:
-            self._burst.add(stream, what)
+            self._burst.extend(self._bus.take_run(msgspec.structs.replace(alike, seq=first), payloads))
 
     def flush_now(self) -> bool:
         """Hand over what was added, unless the queue is full. Whether it was."""

@@ -16,7 +16,7 @@ import zmq
 
 from ..credentials import CredentialError
 from ..followed import FollowedStream, monotonic_ms
-from ..frame_queue import Barrier, Burst, FrameQueue, Item
+from ..frame_queue import Barrier, Burst, FrameQueue
 from ..logs import get_logger
 from ..streams.verdicts import Apply, AskReplay, Fence, NewEpoch, Retire, StopReplay, Verdict
 from .bus_source import BusSource
@@ -128,7 +128,7 @@ class ZmqIntake(threading.Thread):
         ready = self._ready()
         now = monotonic_ms()
         for bus in self._buses.values():
-            self._add(bus.step(now, bus.live in ready))
+            self._out.extend(bus.step(now, bus.live in ready))
         for link in list(self._links.values()):
             self._read_monitor(link, now)
             if link.replay is not None and link.replay in ready:
@@ -201,7 +201,7 @@ class ZmqIntake(threading.Thread):
         if link is not None:
             link.close()
         if retire:
-            self._add(bus.retire())
+            self._out.extend(bus.retire())
         self._out.add(bus.position, committed)
         self._flush()
 
@@ -330,7 +330,3 @@ class ZmqIntake(threading.Thread):
         if self._out.items:
             burst, self._out = self._out, Burst()
             self._queue.put(burst)
-
-    def _add(self, items: list[Item]) -> None:
-        for stream, what in items:
-            self._out.add(stream, what)
