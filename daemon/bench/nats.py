@@ -1,6 +1,7 @@
 """NATS: a bare nats-py consumer, and the daemon, reading the same messages of the same server.
 
-Core NATS is measured while a publisher process sends as fast as it can; JetStream with all messages stored before.
+Core NATS is measured while a publisher process writes messages that it has packed before, as fast as the server takes
+them; JetStream with all messages stored before.
 Every part is a process of its own: the server, the publisher, the bare consumer, the daemon.
 """
 
@@ -175,21 +176,28 @@ async def _drop_stream(url: str) -> None:
 async def _publish(url: str, blocks: int, blocks_per_message: int, kind: str) -> None:
     workload = make_workload(blocks, blocks_per_message)
     subject, headers = subject_of(EVENTS_PREFIX, _ADDRESS), address_headers("bench", _ADDRESS)
-    client = await nats.connect(url, pending_size=64 << 20)
+    client = await nats.connect(url, pending_size=_PENDING_BYTES)
     jetstream = client.jetstream(publish_async_max_pending=_UNACKNOWLEDGED)
-    _say("ready")
-    sys.stdin.readline()
-    for seq, payload in enumerate(workload.messages):
-        said = numbered(headers, 1, seq, Control.NONE)
-        if kind == "core":
+    messages = [(payload, numbered(headers, 1, seq, Control.NONE)) for seq, payload in enumerate(workload.messages)]
+    if kind == "core":
+        # nats-py writes nothing before the event loop has a turn, so all are packed when the first one leaves.
+        for payload, said in messages:
             await client.publish(subject, payload, headers=said)
-        else:
+        _begin()
+    else:
+        _begin()
+        for payload, said in messages:
             await jetstream.publish_async(subject, payload, headers=said)
-    if kind != "core":
         await jetstream.publish_async_completed()
     await _written(client)
     _say("done")
     await client.close()
+
+
+def _begin() -> None:
+    """Say that the messages are made, and wait for the word."""
+    _say("ready")
+    sys.stdin.readline()
 
 
 async def _written(client: Client) -> None:
