@@ -7,7 +7,7 @@ import asyncio
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from ..config import NatsConfig
+from ..config import NatsConfig, SourceType
 from ..frame_queue import FrameQueue
 from ..logs import get_logger
 from .bus_source import BusSource
@@ -31,6 +31,8 @@ class CoreBus(NatsBus):
         super().__init__(bus, config, queue)
         self._subscribed: dict[str, Subscription] = {}
         self._arrived = asyncio.Event()
+        self._most_messages = config.pending_max_messages // 2
+        self._most_bytes = config.pending_max_bytes // 2
 
     async def follow(self, connection: NatsConnection) -> None:
         self._subscribed = {}
@@ -80,13 +82,20 @@ class CoreBus(NatsBus):
         refused = {}
         for subject in subjects:
             is_life = subject == self.signs_of_life
+            most_messages = _FEW_SIGNS if is_life else self.config.pending_max_messages
+            most_bytes = self.config.pending_max_bytes
+            at_once = None
+            if not is_life and self.config.type is not SourceType.DYNAMO and not self._earlier(subject):
+                at_once = self._take_at_once
+                most_messages -= self._most_messages
+                most_bytes -= self._most_bytes
             try:
                 self._subscribed[subject] = await connection.subscribe(
                     subject,
                     self.take_sign_of_life if is_life else self._receiver(subject),
-                    max_messages=_FEW_SIGNS if is_life else self.config.pending_max_messages,
-                    max_bytes=self.config.pending_max_bytes,
-                    at_once=None if is_life or self._earlier(subject) else self._take_at_once,
+                    max_messages=most_messages,
+                    max_bytes=most_bytes,
+                    at_once=at_once,
                 )
             except NatsProblem as problem:
                 if connection.is_lost:
@@ -104,9 +113,21 @@ class CoreBus(NatsBus):
         return found
 
     def _take_at_once(self, subject: bytes, headers: bytes, payload: bytes) -> bool:
-        """What comes the same way as the last one is taken without a turn of the event loop."""
-        if not self.take_plain(subject, headers, payload):
+        """A message that is as earlier ones of its worker, without a turn of the event loop. False: it was not taken.
+
+        What the queue has no room for waits in the outlet, up to half of the bounds. The other half is nats-py's.
+        """
+        outlet = self.outlet
+        if len(outlet) >= BURST_ITEMS:
+            outlet.end_burst()
+        if outlet.waiting_messages >= self._most_messages or outlet.waiting_bytes >= self._most_bytes:
             return False
+        plain = self.plain.open(subject, headers)
+        if plain is None:
+            return False
+        self.bus.counters.messages += 1
+        self.bus.counters.bytes += len(payload)
+        outlet.add_message(*plain, payload)
         self._arrived.set()
         return True
 

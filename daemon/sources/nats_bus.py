@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from contextlib import suppress
 
 import msgspec
@@ -49,11 +50,15 @@ class Outlet:
         self._runs: dict[str, tuple[Delivery, int, list[bytes]]] = {}
         """By worker: what its next messages have in common, the number of the first, their payloads."""
         self._in_runs = 0
-        self._lock = asyncio.Lock()
         self._burst = Burst()
+        self._ended = 0
+        self._waiting: deque[Burst] = deque()
+        """The last ones of the bursts that have ended."""
+        self.waiting_messages = self.waiting_bytes = 0
+        """What these hold."""
 
     def __len__(self) -> int:
-        """Messages, and whatever else there is, that are not handed over yet."""
+        """Messages, and whatever else there is, in the burst that is being put together."""
         return self._burst.messages + self._in_runs
 
     def add(self, items: list[Item]) -> None:
@@ -79,22 +84,27 @@ class Outlet:
         for alike, first, payloads in runs.values():
             self._burst.extend(self._bus.take_run(msgspec.structs.replace(alike, seq=first), payloads))
 
-    def flush_now(self) -> bool:
-        """Hand over what was added, unless the queue is full. Whether it was."""
+    def end_burst(self) -> None:
+        """What is added from now on is for another burst. Bursts that there is room for go to the queue."""
         self.end_runs()
-        if self._lock.locked() or not self._queue.offer(self._burst):
-            return False
-        self._burst = Burst()
-        return True
+        if self._burst.items:
+            self._ended += 1
+            self._waiting.append(self._burst)
+            self.waiting_messages += self._burst.messages
+            self.waiting_bytes += self._burst.size
+            self._burst = Burst()
+        while self._waiting and self._queue.offer(self._waiting[0]):
+            burst = self._waiting.popleft()
+            self.waiting_messages -= burst.messages
+            self.waiting_bytes -= burst.size
 
     async def flush(self) -> None:
-        """Hand over what was added, as one burst. Returns when the queue has it, or is closed."""
-        async with self._lock:
-            self.end_runs()
-            while self._burst.items and not self._queue.offer(self._burst):
-                await asyncio.sleep(_ROOM_LOOK_S)
-                self.end_runs()
-            self._burst = Burst()
+        """Hand over what was added until now. Returns when the queue has it, or is closed."""
+        self.end_burst()
+        until_now = self._ended
+        while self._ended - len(self._waiting) < until_now:
+            await asyncio.sleep(_ROOM_LOOK_S)
+            self.end_burst()
 
 
 class NatsBus:
@@ -104,7 +114,7 @@ class NatsBus:
         self.bus = bus
         self.config = config
         self.outlet = Outlet(queue, bus)
-        self._plain = PlainMessages()
+        self.plain = PlainMessages()
         self._connector = NatsConnector(config.connection, f"kvcensus {config.name}")
         self._backoff = Backoff(config.connection)
         self._drop_logged_s = 0.0
@@ -166,25 +176,13 @@ class NatsBus:
         bus.counters.bytes += size
         settings, headers = bus.settings, message.headers
         subject, raw = message.subject.encode(), headers.raw if isinstance(headers, Headers) else b""
-        plain = self._plain.open(subject, raw)
+        plain = self.plain.open(subject, raw)
         if plain is not None:
             self.outlet.add_message(*plain, payload)
             return
         opening = open_message(settings.type, settings.worker_prefix, message.subject, headers, payload)
         self.outlet.add(bus.take(opening, payload))
-        self._plain.note(subject, raw, opening)
-
-    def take_plain(self, subject: bytes, headers: bytes, payload: bytes) -> bool:
-        """One message, if it is as earlier ones of its worker and there is room. False: it was not taken."""
-        if len(self.outlet) >= BURST_ITEMS and not self.outlet.flush_now():
-            return False
-        plain = self._plain.open(subject, headers)
-        if plain is None:
-            return False
-        self.bus.counters.messages += 1
-        self.bus.counters.bytes += len(payload)
-        self.outlet.add_message(*plain, payload)
-        return True
+        self.plain.note(subject, raw, opening)
 
     async def take_sign_of_life(self, message: Msg) -> None:
         """One sign of life of a relay."""

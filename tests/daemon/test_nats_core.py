@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -130,26 +131,35 @@ def test_a_queue_group_of_others_takes_nothing_from_us(current: NatsServer, tmp_
         one.holds(range(50))
 
 
+@contextmanager
+def stopped_writer(one: Following, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is committed meanwhile."""
+    may_write = threading.Event()
+    apply = one.service.backend.apply
+
+    def wait_and_apply(*arguments: object) -> object:
+        may_write.wait(30)
+        return apply(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(one.service.backend, "apply", wait_and_apply)
+    try:
+        yield
+    finally:
+        may_write.set()
+
+
 def test_a_slow_writer_makes_messages_wait_and_then_drop_which_is_counted_and_fences(
     current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the writer is stopped the queue fills, then the client's own buffer, and the loop never blocks."""
-    may_write = threading.Event()
+    """While the writer is stopped the queue fills, then the buffers of the client, and the loop never blocks."""
     options = {"queue_max_messages": 100, "pending_max_messages": 200}
     with following(tmp_path, current.url, **options) as one, talking(current.url) as talk:
         one.lives()
-        apply = one.service.backend.apply
-
-        def wait_and_apply(*arguments: object) -> object:
-            may_write.wait(30)
-            return apply(*arguments)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(one.service.backend, "apply", wait_and_apply)
         relay = Relay(talk)
-        relay.send(*range(3000))
-        wait_until(lambda: one.dropped > 0, "messages are dropped")
-        assert one.bus.state is StreamState.LIVE
-        may_write.set()
+        with stopped_writer(one, monkeypatch):
+            relay.send(*range(3000))
+            wait_until(lambda: one.dropped > 0, "messages are dropped")
+            assert one.bus.state is StreamState.LIVE
         later = count(3000)
 
         def is_through() -> bool:
@@ -159,6 +169,32 @@ def test_a_slow_writer_makes_messages_wait_and_then_drop_which_is_counted_and_fe
         wait_until(is_through, "the buffers are empty and messages come through")
         one.is_believed(Trust.UNTRUSTED)
         assert len(one.held()) < 3000
+
+
+@pytest.mark.parametrize("most", [3000, 10_000])
+def test_what_waits_for_a_slow_writer_is_applied_in_order_however_it_waits(
+    current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Up to half of the bound waits opened, the rest as it came: of 3,000 and a sign of life all, or the first half."""
+    options = {"queue_max_messages": 100, "pending_max_messages": most}
+    with following(tmp_path, current.url, **options) as one, talking(current.url) as talk:
+        one.lives()
+        relay = Relay(talk)
+        relay.send(0)
+        one.holds(range(1))
+        with stopped_writer(one, monkeypatch):
+            relay.send(*range(1, 1200))
+            relay.beat(1199)
+            relay.send(*range(1200, 3000))
+            (bus,) = one.service.buses()
+            seen = 3000 if most == 10_000 else 1500
+            wait_until(lambda: bus.counters.messages >= seen, "they are taken in")
+            assert one.bus.state is StreamState.LIVE
+        one.holds(range(3000))
+        one.is_believed(Trust.FRESH)
+        assert one.dropped == 0
+        (worker,) = one.service.stream_counters()
+        assert worker.intake.gaps == worker.intake.duplicates == 0
 
 
 def test_what_has_arrived_is_applied_before_the_end(current: NatsServer, tmp_path: Path) -> None:
