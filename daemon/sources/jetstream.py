@@ -147,7 +147,7 @@ class JetStreamBus(NatsBus):
             )
         first, last = max(1, info.state.first_seq), info.state.last_seq
         if lost := self._lost(info, first, last):
-            self.outlet.add(self.bus.lost(lost))
+            self.outlet.add(lambda: self.bus.lost(lost))
         if info.created != self._life or self._position < first - 1:
             self._position = first - 1
         self._position = min(self._position, max(last, first - 1))
@@ -180,7 +180,7 @@ class JetStreamBus(NatsBus):
         self.bus.bus.behind = self._position < self._caught_up_at and pending > 0
 
     def _advance(self) -> None:
-        self.outlet.add([self.bus.advance(self._position, self._life)])
+        self.outlet.add(lambda: [self.bus.advance(self._position, self._life)])
 
     # Messages
 
@@ -262,7 +262,7 @@ class JetStreamBus(NatsBus):
         if place.stream_seq > self._position + 1:
             first, last = self._position + 1, place.stream_seq - 1
             reason = f"messages {first} to {last} of stream {self.config.stream} were gone before they were read"
-            self.outlet.add(self.bus.lost(reason))
+            self.outlet.add(lambda: self.bus.lost(reason))
         pull.oversize = False
         self._position = place.stream_seq
         self._note_pending(place.pending)

@@ -96,8 +96,8 @@ class NatsIntake(threading.Thread):
     async def _remove(self, follower: NatsBus, task: asyncio.Task[None], retire: bool, committed: Barrier) -> None:
         await self._end(task)
         if retire:
-            follower.outlet.add(follower.bus.retire())
-        follower.outlet.add([(follower.bus.position, committed)])
+            follower.outlet.add(follower.bus.retire)
+        follower.outlet.add(lambda: [(follower.bus.position, committed)])
         await follower.outlet.flush()
 
     @staticmethod

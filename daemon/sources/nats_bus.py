@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
@@ -61,10 +62,10 @@ class Outlet:
         """Messages, and whatever else there is, in the burst that is being put together."""
         return self._burst.messages + self._in_runs
 
-    def add(self, items: list[Item]) -> None:
-        """Items for the next burst."""
+    def add(self, happen: Callable[[], list[Item]]) -> None:
+        """What comes of this for the next burst. It is called once the bus knows of every message before it."""
         self.end_runs()
-        self._burst.extend(items)
+        self._burst.extend(happen())
 
     def add_message(self, alike: Delivery, seq: int, payload: bytes) -> None:
         """A message for the next burst, said to be as others of its worker, but for its number and payload."""
@@ -166,7 +167,7 @@ class NatsBus:
 
     def tick(self) -> None:
         """Time has passed."""
-        self.outlet.add(self.bus.tick())
+        self.outlet.add(self.bus.tick)
 
     def take(self, message: Msg) -> None:
         """One message: what it comes to goes to the outlet."""
@@ -181,7 +182,7 @@ class NatsBus:
             self.outlet.add_message(*plain, payload)
             return
         opening = open_message(settings.type, settings.worker_prefix, message.subject, headers, payload)
-        self.outlet.add(bus.take(opening, payload))
+        self.outlet.add(lambda: bus.take(opening, payload))
         self.plain.note(subject, raw, opening)
 
     async def take_sign_of_life(self, message: Msg) -> None:

@@ -58,10 +58,12 @@ def payload(seq: int) -> bytes:
 class Relay:
     """What one worker's relay sends: message `n` stores block `n`. `durable`: to JetStream."""
 
-    def __init__(self, talk: Talk, worker: str = "w", *, durable: bool = False, lineage: str = "spool") -> None:
+    def __init__(
+        self, talk: Talk, worker: str = "w", *, durable: bool = False, lineage: str = "spool", topic: str = ""
+    ) -> None:
         self._talk = talk
         self._durable = durable
-        self._address = Address(worker, None, engine="vllm")
+        self._address = Address(worker, None, engine="vllm", topic=topic)
         self._headers = address_headers(f"{lineage}-{worker}", self._address)
         self.subject = subject_of(EVENTS_PREFIX, self._address)
         self.epoch = 1

@@ -91,6 +91,23 @@ def test_messages_without_any_numbering_survive_a_restart(current: NatsServer, t
                 assert one.stream().last_seq == 9
 
 
+def test_a_message_with_headers_of_its_own_is_in_order_with_those_before_it(
+    current: NatsServer, tmp_path: Path
+) -> None:
+    with talking(current.url) as talk:
+        stream(talk)
+        usual, other = Relay(talk, durable=True), Relay(talk, durable=True, topic="other")
+        usual.send(0, 1, 2)
+        other.send(3)
+        usual.send(4)
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            keeps_up(one, 5)
+            one.holds(range(5))
+            one.is_believed(Trust.FRESH)
+            (worker,) = one.service.stream_counters()
+            assert worker.intake.gaps == worker.intake.duplicates == 0
+
+
 def test_other_subjects_of_the_stream_are_passed_over(current: NatsServer, tmp_path: Path) -> None:
     with talking(current.url) as talk:
         talk.add_stream(STREAM, ["kvevents.>", "other.>"])
@@ -294,6 +311,21 @@ def test_a_message_deleted_from_the_middle(current: NatsServer, tmp_path: Path) 
         with following(tmp_path, current.url, stream=STREAM) as one:
             one.holds({0}, "b")
             wait_until(lambda: one.trust("a") is Trust.UNTRUSTED, "the loss is told")
+
+
+def test_a_loss_is_told_behind_the_messages_before_it(current: NatsServer, tmp_path: Path) -> None:
+    with talking(current.url) as talk:
+        stream(talk)
+        a, b = Relay(talk, "a", durable=True), Relay(talk, "b", durable=True)
+        a.send(0, 1, 2)
+        b.send(0, 1)
+        talk.do(talk.jetstream.delete_msg(STREAM, 4))
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            keeps_up(one, 5)
+            one.is_believed(Trust.UNTRUSTED, "a")
+            assert one.stream("a").last_seq == 2
+        with following(tmp_path, current.url, stream=STREAM) as again:
+            assert again.stream("a").last_seq == 2
 
 
 def test_a_purge_while_the_writer_waits_is_noticed_without_a_message_after_it(
