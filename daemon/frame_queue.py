@@ -67,6 +67,7 @@ class Burst:
             self._last.pop(stream, None)
             self.items.append((stream, what))
             self.messages += 1
+            self.payload_bytes += len(what.payload) if isinstance(what, Refuse) else 0
             return
         self.messages += len(what.payloads)
         self.payload_bytes += sum(map(len, what.payloads))

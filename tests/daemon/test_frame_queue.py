@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvcensus.daemon.followed import Followed, FollowedStream
-from kvcensus.daemon.frame_queue import Burst, FrameQueue
+from kvcensus.daemon.frame_queue import Burst, FrameQueue, Refuse
 from kvcensus.daemon.streams.state import StreamLimits
 from kvcensus.daemon.streams.verdicts import Apply, Fence, NewEpoch
-from kvcensus.translators.translation import TranslatorOptions
+from kvcensus.translators.translation import Rejection, RejectReason, TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
 
 
@@ -36,6 +36,11 @@ def test_nothing_is_joined_over_a_hole_an_epoch_or_a_fence() -> None:
         (A, Apply(7, [b"x"])),
     ]
     assert Burst(items).items == items
+
+
+def test_what_is_refused_takes_room_too() -> None:
+    refused = Refuse(-1, b"x" * 10_000, Rejection(RejectReason.PAYLOAD, "no batch"))
+    assert Burst([(A, refused)]).size > 10_000
 
 
 def test_a_queue_is_full_by_messages_or_by_bytes_however_few_its_items() -> None:
