@@ -13,6 +13,8 @@ from ..streams.delivery import Control, Delivery
 from .opening import Opening
 
 _KEPT = 4096
+_LONGEST_BYTES = 4096
+"""A relay's headers are shorter, but for long names that are all escapes."""
 _DIGITS_MAX = 18
 _ZERO = ord("0")
 _LINE = b"\r\n"
@@ -37,7 +39,7 @@ class PlainMessages:
     def note(self, subject: bytes, headers: bytes, opening: Opening) -> None:
         """Remember what a message has said, if it says the same without its number."""
         alike = _less_number(headers)
-        if alike is None or len(opening.deliveries) != 1 or opening.rejections:
+        if alike is None or len(headers) > _LONGEST_BYTES or len(opening.deliveries) != 1 or opening.rejections:
             return
         (delivery,) = opening.deliveries
         plain = delivery.control is Control.NONE and delivery.lineage and not delivery.shared

@@ -100,6 +100,13 @@ def test_an_address_that_was_never_noted_is_not_known() -> None:
     assert plain.open(b"kvevents.m.w.1", said.raw) is None
 
 
+def test_headers_that_no_relay_would_send_are_not_kept() -> None:
+    plain = PlainMessages()
+    long = headers((SOURCE, "a"), (WORKER, "w"), (SEQ, "0"), ("X", "x" * 10_000))
+    plain.note(SUBJECT.encode(), long.raw, opened(long, b""))
+    assert in_passing(plain, long, b"") is None
+
+
 def test_headers_are_read_when_they_are_asked_for() -> None:
     said = headers(("A", " b "), ("C", "d:e"))
     assert dict(said) == {"A": "b", "C": "d:e"}
