@@ -299,8 +299,9 @@ class Writer(threading.Thread):
         result = self._apply_until_done(list(cursors.values()))
         if result is None:
             return
-        for stream in self._retired:
-            self._forget(stream.stream)
+        gone = {stream.stream for stream in self._retired} - {cursor.stream for cursor in cursors.values()}
+        for name in gone:
+            self._forget(name)
         self.counters.commits += 1
         self.counters.commit_s.observe(time.perf_counter() - started)
         self._count(result)
@@ -312,8 +313,7 @@ class Writer(threading.Thread):
         for barrier in self._barriers:
             barrier.committed.set()
         if self._shadow is not None:
-            forgotten = [stream.stream for stream in self._retired]
-            self._shadow.follow(self._operations, list(cursors.values()), forgotten)
+            self._shadow.follow(self._operations, list(cursors.values()), list(gone))
             self._shadow.compare(self._backend)
         self._operations = []
         self._progress = {}

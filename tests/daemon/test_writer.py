@@ -15,7 +15,7 @@ from kvcensus.daemon.followed import FollowedStream
 from kvcensus.daemon.frame_queue import Burst, FrameQueue
 from kvcensus.daemon.status import Trust
 from kvcensus.daemon.streams.state import StreamLimits
-from kvcensus.daemon.streams.verdicts import Apply, Fence, NewEpoch, fingerprint
+from kvcensus.daemon.streams.verdicts import Apply, Fence, NewEpoch, Retire, fingerprint
 from kvcensus.daemon.writer import Writer, WriterOptions
 from kvcensus.translators.translation import TranslatorOptions
 from kvcensus.translators.vllm import VllmTranslator
@@ -99,6 +99,17 @@ def test_a_fence_marks_the_worker_and_drops_or_keeps_its_blocks(keeps: bool, lef
     cursor = backend.cursors()["w"]
     assert (cursor.trust, cursor.reason, cursor.seq) == (Trust.UNTRUSTED, "lost", 5)
     assert len(backend) == left
+
+
+def test_a_worker_that_comes_back_in_the_batch_in_which_it_left_is_kept() -> None:
+    backend, left, back = MemoryBackend(), followed(), followed()
+    run(backend, left, NewEpoch(1, "first"), Apply(0, [payload(stored(1))]))
+    queue = FrameQueue(1000, 1 << 20)
+    queue.put(Burst([(left, Retire()), (back, NewEpoch(1, "first")), (back, Apply(0, [payload(stored(2))]))]))
+    queue.close()
+    Writer(backend, queue, WriterOptions()).run()
+    assert {one.key.block_hash for one in backend.snapshot()} == {(2).to_bytes(8, "big")}
+    assert backend.cursors() == {"w": back.cursor}
 
 
 def test_a_clear_by_the_engine_ends_the_mistrust() -> None:
