@@ -108,6 +108,8 @@ class CoreBus(NatsBus):
         found = {subject: why for subject, why in connection.refused.items() if subject in self._subscribed}
         for subject in found:
             await connection.unsubscribe(self._subscribed.pop(subject))
+        if found.keys() & set(self.subjects):
+            self.doubt()
         if found and not self._subscribed.keys() & set(self.subjects):
             raise NatsProblem("; ".join(found.values()))
         return found

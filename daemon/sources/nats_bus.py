@@ -169,6 +169,11 @@ class NatsBus:
         """Time has passed."""
         self.outlet.add(self.bus.tick)
 
+    def doubt(self) -> None:
+        """Something of what was sent may have been missed."""
+        self.outlet.end_runs()
+        self.bus.bus.doubt()
+
     def take(self, message: Msg) -> None:
         """One message: what it comes to goes to the outlet."""
         bus, payload = self.bus, message.data
@@ -191,8 +196,7 @@ class NatsBus:
 
     def _dropped(self, subject: str) -> None:
         self.bus.counters.dropped += 1
-        self.outlet.end_runs()
-        self.bus.bus.doubt()
+        self.doubt()
         now = asyncio.get_running_loop().time()
         if now - self._drop_logged_s > _LOG_EVERY_S:
             self._drop_logged_s = now

@@ -275,3 +275,28 @@ def test_a_permission_that_is_withdrawn(tmp_path: Path, reach: dict[str, object]
         one.says("has no permission to subscribe to kvevents.*.*.*")
         server.reload(**users("kvalive.>", "kvevents.>"))
         lives_again(one)
+
+
+def test_one_subject_of_two_that_is_withdrawn_is_doubt(tmp_path: Path, reach: dict[str, object]) -> None:
+    one_of_them, both = ("kvevents._.a.*", "kvalive.>"), ("kvevents._.a.*", "kvevents._.b.*", "kvalive.>")
+    with (
+        nats_server(tmp_path / "nats", users(*both)) as server,
+        following(tmp_path, server.url, connection=reach, subjects=both[:2]) as one,
+        talking(server.url, user="relay", password="y") as talk,
+    ):
+        one.lives()
+        a, b = Relay(talk, "a"), Relay(talk, "b")
+        a.send(0)
+        b.send(0)
+        one.is_believed(Trust.FRESH, "b")
+        server.reload(**users(*one_of_them))
+        one.says("has no permission to subscribe to kvevents._.b.*")
+        b.send(1)
+        one.is_believed(Trust.STALE, "b")
+        a.send(1)
+        one.is_believed(Trust.FRESH, "a")
+        server.reload(**users(*both))
+        lives_again(one)
+        one.is_believed(Trust.STALE, "b")
+        b.send(2)
+        one.is_believed(Trust.UNTRUSTED, "b")
