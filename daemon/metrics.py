@@ -190,7 +190,7 @@ BUS_METRICS = (
     _bus(_C, "refused_messages_total", "status.refused", "Messages of workers that are not followed."),
     _bus(_G, "workers", "status.workers", "Workers that the bus has brought."),
     _bus(_G, "position", "status.position", "Last committed sequence number of the JetStream stream, -1 for none."),
-    _bus(_G, "pending_messages", "status.pending", "Messages that the JetStream stream still has for us."),
+    _bus(_G, "pending_messages", "status.pending", "Messages that wait: in the JetStream stream, or in the client."),
     _bus(_G, "failing", "failing", "1 while something keeps messages from coming; /readyz says what."),
     _bus(_G, "state", "states", "1 for the state that the bus is in.", "state"),
 )

@@ -5,7 +5,7 @@ The thread that receives owns it. Everybody else only reads whole values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -59,6 +59,8 @@ class BusSource:
         self.problem = ""
         self.pending = 0
         """Messages that the stream still has for us (JetStream)."""
+        self.waiting: Callable[[], int] = lambda: 0
+        """Messages that wait in the client (core NATS)."""
         self.was_connected = False
         self._workers: dict[str, Followed] = {}
         self._made_for: dict[str, tuple[str, str]] = {}
@@ -105,7 +107,7 @@ class BusSource:
             state=self.bus.state,
             problem=self.problem,
             position=self.position.cursor.seq,
-            pending=self.pending,
+            pending=self.pending + self.waiting(),
             workers=len(self._workers),
             refused=self.bus.refused,
         )

@@ -33,6 +33,7 @@ class CoreBus(NatsBus):
         self._arrived = asyncio.Event()
         self._most_messages = config.pending_max_messages // 2
         self._most_bytes = config.pending_max_bytes // 2
+        bus.waiting = self._waiting
 
     async def follow(self, connection: NatsConnection) -> None:
         self._subscribed = {}
@@ -76,6 +77,11 @@ class CoreBus(NatsBus):
             await self.outlet.flush()
         self.tick()
         await self.outlet.flush()
+
+    def _waiting(self) -> int:
+        """Asked by other threads."""
+        in_client = [subscription.pending_msgs for subscription in list(self._subscribed.values())]
+        return self.outlet.waiting_messages + sum(in_client)
 
     async def _subscribe(self, connection: NatsConnection, subjects: list[str]) -> dict[str, str]:
         """Subscribe. Returns those that are refused, with the reason."""

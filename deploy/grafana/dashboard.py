@@ -310,7 +310,7 @@ BUSES = (
     ),
     Panel(
         "Messages that wait in JetStream",
-        "What the stream still has for us.",
+        "What the stream still has for us; with core NATS, what waits in the client.",
         "short",
         (("{{bus}}", f"sum by (bus) (kvcensus_bus_pending_messages{{{DAEMON}}}) or on() vector(0)"),),
     ),
