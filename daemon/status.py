@@ -93,7 +93,7 @@ class BusStatus(msgspec.Struct, frozen=True):
     position: Annotated[
         int, Meta(description="The sequence number in `jetstream` as of the last commit, -1 before the first.")
     ]
-    pending: Annotated[int, Meta(description="Messages that are left to read in `jetstream`, or that wait in the client.")]
+    pending: Annotated[int, Meta(description="Messages left to read in `jetstream`, or waiting in the client.")]
     workers: Annotated[int, Meta(description="Workers that are followed.")]
     refused: Annotated[int, Meta(description="Messages of workers that are not followed, since the daemon started.")]
 
