@@ -120,7 +120,7 @@ class CoreBus(NatsBus):
             raise NatsProblem("; ".join(found.values()))
         return found
 
-    def _take_at_once(self, subject: bytes, headers: bytes, payload: bytes) -> bool:
+    def _take_at_once(self, subject: bytes, reply: bytes, headers: bytes, payload: bytes) -> bool:
         """A message that is as earlier ones of its worker, without a turn of the event loop. False: it was not taken.
 
         What the queue has no room for waits in the outlet, up to half of the bounds. The other half is nats-py's.

@@ -28,8 +28,9 @@ from .jetstream_api import (
     pull_subject,
     stream_info,
 )
-from .nats_bus import BURST_ITEMS, NatsBus
-from .nats_connection import Backoff, Callback, NatsConnection
+from .nats_bus import BURST_ITEMS, Arrived, Message, NatsBus
+from .nats_connection import Backoff, Callback, NatsConnection, TakeAtOnce
+from .nats_headers import VERSION_LINE, Headers
 from .nats_problems import NatsProblem
 from .subjects import matches
 
@@ -64,7 +65,7 @@ class _Pull:
     def __init__(self, name: str, inbox: str, now_s: float) -> None:
         self.name = name
         self.inbox = inbox
-        self.arrived: deque[Msg] = deque()
+        self.arrived: deque[Message] = deque()
         self.woken = asyncio.Event()
         self.heard_s = now_s
         self.consumer_seq = 0
@@ -193,7 +194,7 @@ class JetStreamBus(NatsBus):
         polling: asyncio.Task[None] | None = None
         try:
             subscription = await connection.subscribe(
-                f"{pull.inbox}.*", self._receiver(pull), max_messages=0, max_bytes=0
+                f"{pull.inbox}.*", self._receiver(pull), max_messages=0, max_bytes=0, at_once=self._taker(pull)
             )
             await create_consumer(connection, stream, pull.name, self._position + 1, _INACTIVE_S)
             polling = asyncio.create_task(self._poll_for_ever(connection, pull))
@@ -223,6 +224,22 @@ class JetStreamBus(NatsBus):
 
         return receive
 
+    @staticmethod
+    def _taker(pull: _Pull) -> TakeAtOnce:
+        """For all but what the server says in the first line of headers: that is left to nats-py to read."""
+        loop = asyncio.get_running_loop()
+
+        def take(subject: bytes, reply: bytes, headers: bytes, payload: bytes) -> bool:
+            if headers and not headers.startswith(VERSION_LINE):
+                return False
+            said = Headers(headers) if headers else None
+            pull.heard_s = loop.time()
+            pull.arrived.append(Arrived(subject.decode(), reply.decode(), payload, said))
+            pull.woken.set()
+            return True
+
+        return take
+
     async def _ask_for_more(self, connection: NatsConnection, pull: _Pull) -> None:
         subject = pull_subject(connection, self.config.stream, pull.name)
         request = pull_request(self._batch, self._max_bytes, _PULL_EXPIRES_S, _IDLE_HEARTBEAT_S)
@@ -250,7 +267,7 @@ class JetStreamBus(NatsBus):
         self.tick()
         await self.outlet.flush()
 
-    def _take_one(self, pull: _Pull, message: Msg) -> None:
+    def _take_one(self, pull: _Pull, message: Message) -> None:
         place = place_of(message.reply)
         if place is None:
             self._note_status(pull, message)
@@ -269,7 +286,7 @@ class JetStreamBus(NatsBus):
         if not self.config.subjects or any(matches(pattern, message.subject) for pattern in self.config.subjects):
             self.take(message)
 
-    def _note_status(self, pull: _Pull, message: Msg) -> None:
+    def _note_status(self, pull: _Pull, message: Message) -> None:
         """The server says something of a request, or of the consumer."""
         headers = message.headers or {}
         status, description = headers.get(_STATUS, ""), headers.get(_DESCRIPTION, "").partition("\n")[0].strip()

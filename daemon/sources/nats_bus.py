@@ -108,6 +108,18 @@ class Outlet:
             self.end_burst()
 
 
+class Arrived(msgspec.Struct, gc=False):
+    """A message of which nats-py has made no object."""
+
+    subject: str
+    reply: str
+    data: bytes
+    headers: Headers | None
+
+
+Message = Msg | Arrived
+
+
 class NatsBus:
     """Follows one bus: connects, follows until something is wrong, says what, waits, and begins again."""
 
@@ -174,7 +186,7 @@ class NatsBus:
         self.outlet.end_runs()
         self.bus.bus.doubt()
 
-    def take(self, message: Msg) -> None:
+    def take(self, message: Message) -> None:
         """One message: what it comes to goes to the outlet."""
         bus, payload = self.bus, message.data
         size = len(payload)

@@ -32,8 +32,8 @@ _MOST_DISCOVERED = 64
 _UNANSWERED_PINGS = 2
 
 Callback = Callable[[Msg], Awaitable[None]]
-TakeAtOnce = Callable[[bytes, bytes, bytes], bool]
-"""Takes a message by its subject, headers and payload. False when it is to take the way of the others."""
+TakeAtOnce = Callable[[bytes, bytes, bytes, bytes], bool]
+"""Takes a message by its subject, reply, headers and payload. False when it is to take the way of the others."""
 
 
 class _Client(Client):
@@ -61,9 +61,9 @@ class _Client(Client):
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         """nats-py makes an object of each message, which waits for a task. Behind one that waits, all others wait."""
         take, subscription = self.at_once.get(sid), self._subs.get(sid)
-        if take is not None and headers and subscription is not None and subscription._pending_queue.empty():
+        if take is not None and subscription is not None and subscription._pending_queue.empty():
             try:
-                if take(subject, headers, data):
+                if take(subject, reply, headers or b"", data):
                     return
             except Exception as error:  # noqa: BLE001 - as nats-py does with those of a callback
                 await self._error_cb(error)

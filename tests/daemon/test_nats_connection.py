@@ -436,7 +436,7 @@ def test_a_message_is_taken_at_once_unless_one_before_it_waits(tmp_path: Path, p
                 said.append(f"waited {message.data.decode()}")
                 await may_go_on.wait()
 
-            def at_once(subject: bytes, headers: bytes, payload: bytes) -> bool:
+            def at_once(subject: bytes, reply: bytes, headers: bytes, payload: bytes) -> bool:
                 if payload == b"2":
                     return False
                 said.append(f"at once {payload.decode()} on {subject.decode()} with {headers.decode()}")
@@ -462,7 +462,7 @@ def test_what_goes_wrong_in_taking_a_message_is_no_secret(tmp_path: Path) -> Non
     with nats_server(tmp_path / "nats") as server:
 
         async def use(connection: NatsConnection) -> Exception | None:
-            def at_once(subject: bytes, headers: bytes, payload: bytes) -> bool:
+            def at_once(subject: bytes, reply: bytes, headers: bytes, payload: bytes) -> bool:
                 raise RuntimeError(payload.decode())
 
             await connection.subscribe("a", ignore, max_messages=0, max_bytes=0, at_once=at_once)
