@@ -43,7 +43,7 @@ NOT_REACHED_YET = "not reached yet"
 
 log = get_logger("service")
 
-_RELOAD_WAIT_S = 10.0
+_LOOK_S = 0.2
 
 
 class Service:
@@ -126,21 +126,25 @@ class Service:
         else:
             self._intake.add_bus(bus, options_of(config, str(Endpoint.parse(config.endpoint))))
 
-    def _leave_bus(self, config: SourceConfig | NatsConfig, bus: BusSource, *, retire: bool) -> None:
-        """Returns once all that the bus brought is committed."""
+    def _leave_bus(
+        self, config: SourceConfig | NatsConfig, bus: BusSource, ended: Callable[[], bool], *, retire: bool
+    ) -> bool:
+        """Returns once all that the bus brought is committed. False when the end comes first."""
         committed = threading.Event()
         if isinstance(config, NatsConfig):
             self._nats.remove(bus.name, retire=retire, committed=Barrier(committed))
         else:
             self._intake.remove_bus(bus, retire=retire, committed=Barrier(committed))
-        if not committed.wait(_RELOAD_WAIT_S):
-            log.warning("reload_not_settled", waited_s=_RELOAD_WAIT_S)
+        if not self._await(committed, ended):
+            return False
         bus.close()
+        return True
 
-    def reload(self, config: Config) -> list[str]:
+    def reload(self, config: Config, ended: Callable[[], bool] = lambda: False) -> list[str]:
         """Follow new sources, drop removed ones, and take changed ones up from where they are.
 
-        Returns the keys that changed but need a restart.
+        What is changed waits until all that it brought is committed, or the process has `ended`: from an older cursor
+        messages would be applied twice. Returns the keys that changed but need a restart.
         """
         wanted = {stream.stream: (source, stream) for source, stream in config.streams()}
         current = dict(self._streams)
@@ -150,13 +154,14 @@ class Service:
                 log.info("stream_dropped" if name not in wanted else "stream_changed", stream=name)
                 self._intake.remove(name, retire=name not in wanted)
                 self._claims.release(name, current[name][0].name)
-        if changed:
-            self._settle()
+        if changed and not self._settle(ended):
+            return []
         self._streams = {name: followed for name, followed in current.items() if name in wanted and name not in changed}
         for name, (source, stream) in wanted.items():
             if name not in self._streams:
                 self._follow(source, stream, current[name][1].cursor if name in changed else None)
-        self._reload_buses(config)
+        if not self._reload_buses(config, ended):
+            return []
         self._config = msgspec.structs.replace(self._config, sources=config.sources, nats=config.nats)
         return [
             key
@@ -164,8 +169,11 @@ class Service:
             if key != "relay" and getattr(config, key) != getattr(self._config, key)
         ]
 
-    def _reload_buses(self, config: Config) -> None:
-        """A changed bus is taken up from what is committed of it, a removed one is dropped with its workers."""
+    def _reload_buses(self, config: Config, ended: Callable[[], bool]) -> bool:
+        """A changed bus is taken up from what is committed of it, a removed one is dropped with its workers.
+
+        False when the end comes before that.
+        """
         wanted = {bus.name: bus for bus in config.buses()}
         current = dict(self._buses)
         changed = {name for name, (bus, _) in current.items() if name in wanted and wanted[name] != bus}
@@ -173,19 +181,27 @@ class Service:
         for name, (one, bus) in current.items():
             if name not in self._buses:
                 log.info("bus_dropped" if name not in wanted else "bus_changed", bus=name)
-                self._leave_bus(one, bus, retire=name not in wanted)
+                if not self._leave_bus(one, bus, ended, retire=name not in wanted):
+                    return False
         cursors = list(self.backend.cursors().values()) if changed else []
         for name, config_of in wanted.items():
             if name not in self._buses:
                 self._follow_bus(config_of, cursors if name in changed else ())
+        return True
 
-    def _settle(self) -> None:
+    def _settle(self, ended: Callable[[], bool]) -> bool:
         """Wait until all that was received is committed, so that cursors say how far each stream is."""
         committed = threading.Event()
-        for _, followed in list(self._streams.values())[:1]:
-            self._intake.barrier(followed, Barrier(committed))
-            if not committed.wait(_RELOAD_WAIT_S):
-                log.warning("reload_not_settled", waited_s=_RELOAD_WAIT_S)
+        _, followed = next(iter(self._streams.values()))
+        self._intake.barrier(followed, Barrier(committed))
+        return self._await(committed, ended)
+
+    def _await(self, committed: threading.Event, ended: Callable[[], bool]) -> bool:
+        """Wait for a barrier. False when the end comes first: a store without room may take long."""
+        while not committed.wait(_LOOK_S):
+            if ended() or self.failure() is not None:
+                return False
+        return True
 
     def stop(self, deadline_s: float) -> bool:
         """Receive nothing more, commit what is queued, close the backend. False when the deadline cut that short."""

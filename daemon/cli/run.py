@@ -160,7 +160,7 @@ class _Daemon:
                 log.critical("cannot_listen", listen=self._config.http.listen, detail=str(error))
                 return EXIT_FAILURE
             log.info("started", pid=os.getpid(), backend=service.backend.name(), blocks=len(service.backend))
-            async with reloads(self._manager, self._load, service.reload):
+            async with reloads(self._manager, self._load, lambda config: service.reload(config, self._stop.is_set)):
                 self._manager.ready()
                 await run_until(self._stop, service, self._manager)
         except BackendError as error:

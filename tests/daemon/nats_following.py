@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from kvcensus.daemon.config import Config, NatsConfig, NatsServers, SourceType, WriterConfig
 from kvcensus.daemon.relay.convention import (
@@ -88,8 +90,14 @@ class Relay:
 class Following:
     """A running service with one bus."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, config: Config) -> None:
         self.service = service
+        self._config = config
+
+    def config(self, **changes: Any) -> Config:
+        """The configuration with another bus, of the same name."""
+        (bus,) = self._config.nats
+        return msgspec.structs.replace(self._config, nats=(msgspec.structs.replace(bus, **changes),))
 
     @property
     def bus(self) -> BusStatus:
@@ -127,6 +135,23 @@ class Following:
 
 
 @contextmanager
+def stopped_writer(one: Following, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is committed meanwhile."""
+    may_write = threading.Event()
+    apply = one.service.backend.apply
+
+    def wait_and_apply(*arguments: object) -> object:
+        may_write.wait(30)
+        return apply(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(one.service.backend, "apply", wait_and_apply)
+    try:
+        yield
+    finally:
+        may_write.set()
+
+
+@contextmanager
 def following(
     directory: Path, *servers: str, connection: dict[str, Any] | None = None, **options: Any
 ) -> Iterator[Following]:
@@ -141,7 +166,7 @@ def following(
     service = Service(config)
     service.start()
     try:
-        yield Following(service)
+        yield Following(service, config)
         assert service.failure() is None
     finally:
         service.stop(10)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from kvcensus.daemon.status import StreamState, Trust
 from kvcensus.daemon.streams.delivery import Control
 
 from ..nats_servers import NatsServer, each_server, nats_server, secret_file, talking
-from .nats_following import Following, Relay, following, wait_until
+from .nats_following import Following, Relay, following, stopped_writer, wait_until
 
 
 @pytest.fixture(params=each_server())
@@ -129,23 +127,6 @@ def test_a_queue_group_of_others_takes_nothing_from_us(current: NatsServer, tmp_
         one.lives()
         Relay(talk).send(*range(50))
         one.holds(range(50))
-
-
-@contextmanager
-def stopped_writer(one: Following, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is committed meanwhile."""
-    may_write = threading.Event()
-    apply = one.service.backend.apply
-
-    def wait_and_apply(*arguments: object) -> object:
-        may_write.wait(30)
-        return apply(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(one.service.backend, "apply", wait_and_apply)
-    try:
-        yield
-    finally:
-        may_write.set()
 
 
 def test_a_slow_writer_makes_messages_wait_and_then_drop_which_is_counted_and_fences(

@@ -17,7 +17,7 @@ from kvcensus.daemon.status import StreamState, Trust
 from kvcensus.daemon.streams.delivery import Control
 
 from ..nats_servers import NatsServer, Talk, each_server, nats_cluster, nats_server, secret_file, talking
-from .nats_following import STREAM, Following, Relay, following, payload, wait_until
+from .nats_following import STREAM, Following, Relay, following, payload, stopped_writer, wait_until
 
 
 @pytest.fixture(params=each_server())
@@ -158,6 +158,41 @@ def test_a_full_queue_asks_for_nothing_and_loses_nothing(
             may_write.set()
             one.holds(range(800))
             one.is_believed(Trust.FRESH)
+
+
+def test_a_bus_that_is_changed_while_the_writer_waits_is_taken_up_when_all_of_it_is_committed(
+    current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[None] = []
+    with talking(current.url) as talk, following(tmp_path, current.url, stream=STREAM) as one:
+        stream(talk)
+        one.lives()
+        (bus,) = one.service.buses()
+        with stopped_writer(one, monkeypatch):
+            Relay(talk, durable=True).send(*range(50))
+            wait_until(lambda: bus.counters.messages == 50, "all are on their way to the writer")
+            changed = one.config(stale_after_ms=12_345)
+            reload = threading.Thread(target=one.service.reload, args=(changed, lambda: looks.append(None)))
+            reload.start()
+            wait_until(lambda: len(looks) >= 3 or not reload.is_alive(), "it waits")
+            assert one.service.buses() == []
+        reload.join()
+        one.lives()
+        one.holds(range(50))
+        keeps_up(one, 50)
+        assert {found.ref_count for found in one.service.backend.snapshot()} == {1}
+
+
+def test_the_end_comes_before_a_reload_that_waits_for_the_writer(
+    current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with talking(current.url) as talk, following(tmp_path, current.url, stream=STREAM) as one:
+        stream(talk)
+        one.lives()
+        with stopped_writer(one, monkeypatch):
+            Relay(talk, durable=True).send(0)
+            one.service.reload(one.config(stale_after_ms=12_345), lambda: True)
+            assert one.service.buses() == []
 
 
 # What goes wrong while it is followed
