@@ -162,13 +162,13 @@ class Bus:
             return []
         name = head.lineage if head.shared else _own(head.lineage, key_of(head))
         verdicts = self._check_gap(name, head)
-        accepted = False
+        accepted, whole = False, True
         for delivery in message:
             key = key_of(delivery)
             worker = self._worker(key, delivery, now_ms)
             if worker is None:
                 self.refused += 1
-                accepted = True
+                accepted, whole = True, False
                 continue
             worker.life_at_ms = now_ms
             worker.counters.messages += 1
@@ -179,6 +179,8 @@ class Bus:
                 verdicts += found
         if accepted:
             self._note(name, head)
+        if not whole:
+            self._forgo(name)
         return verdicts
 
     def receive_run(self, head: Delivery, payloads: list[bytes], now_ms: int) -> Verdicts:
@@ -225,7 +227,9 @@ class Bus:
             if lease_ms and now_ms - worker.life_at_ms > lease_ms:
                 gone.append(key)
         for key in gone:
-            self._numberings.pop(_own(self.workers.pop(key).lineage, key), None)
+            lineage = self.workers.pop(key).lineage
+            self._numberings.pop(_own(lineage, key), None)
+            self._forgo(lineage)
         return [(key, Retire()) for key in gone]
 
     def _note_life(self, beat: Delivery, now_ms: int) -> None:
@@ -346,6 +350,12 @@ class Bus:
         if numbering is None or not numbering.whole or not delivery.lineage:
             return False
         return numbering.epoch == delivery.epoch and delivery.seq == numbering.last + 1
+
+    def _forgo(self, name: str) -> None:
+        """Something under this numbering was seen and not kept: who is new to it later has a past."""
+        numbering = self._numberings.get(name)
+        if numbering is not None:
+            numbering.whole = False
 
     def _contest(self, key: str, worker: WorkerLife) -> Verdicts | None:
         worker.counters.duplicates += 1

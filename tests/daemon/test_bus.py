@@ -232,6 +232,17 @@ def test_no_more_workers_are_followed_than_are_admitted() -> None:
     assert one.refused == 1
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_worker_that_is_admitted_after_some_of_its_messages_is_fenced(shared: bool) -> None:
+    full = True
+    one = Bus(BusLimits(), lambda *_: not full)
+    one.connected(0)
+    first, second = (enveloped(seq, "w") if shared else [Delivery("w", 0, "r", 1, seq)] for seq in (0, 1))
+    assert feed(one, first) == []
+    full = False
+    assert feed(one, second) == ["w/0:epoch", "w/0:fence@0", "w/0:1"]
+
+
 def test_what_the_bus_itself_lost_fences_everybody() -> None:
     one = bus(durable=True)
     feed(one, relayed(0), relayed(0, worker="v"))
@@ -302,6 +313,14 @@ def test_a_silent_worker_is_dropped_when_its_lease_ends(beats: bool) -> None:
     assert told(one.tick(lease)) == []
     assert told(one.tick(lease + 1)) == ["w:retire"]
     assert feed(one, relayed(1)) == ["w:epoch", "w:fence@0", "w:1"]
+
+
+def test_a_worker_that_was_dropped_is_fenced_when_its_publisher_goes_on_with_it() -> None:
+    one = bus(silent_lease_ms=1000)
+    feed(one, enveloped(0, "a"), enveloped(1, "b"))
+    feed(one, enveloped(2, "b"), now_ms=900)
+    assert told(one.tick(1100)) == ["a/0:retire"]
+    assert feed(one, enveloped(3, "a", "b"), now_ms=1100) == ["a/0:epoch", "a/0:fence@2", "a/0:3", "b/0:3"]
 
 
 def test_a_lease_does_not_run_while_the_bus_is_gone() -> None:
