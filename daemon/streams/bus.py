@@ -162,22 +162,23 @@ class Bus:
             return []
         name = head.lineage if head.shared else _own(head.lineage, key_of(head))
         verdicts = self._check_gap(name, head)
-        accepted, whole = False, True
+        follows, whole = False, True
         for delivery in message:
             key = key_of(delivery)
             worker = self._worker(key, delivery, now_ms)
             if worker is None:
                 self.refused += 1
-                accepted, whole = True, False
+                whole = False
+                follows = follows or (head.shared and bool(self._numbered(head)))
                 continue
             worker.life_at_ms = now_ms
             worker.counters.messages += 1
             worker.counters.bytes += len(delivery.payload)
             found = self._judge(key, worker, name, delivery)
             if found is not None:
-                accepted = True
+                follows = follows or delivery.lineage == worker.lineage
                 verdicts += found
-        if accepted:
+        if follows:
             self._note(name, head)
         if not whole:
             self._forgo(name)
@@ -228,8 +229,8 @@ class Bus:
                 gone.append(key)
         for key in gone:
             lineage = self.workers.pop(key).lineage
-            self._numberings.pop(_own(lineage, key), None)
             self._forgo(lineage)
+            self._leave(lineage, key)
         return [(key, Retire()) for key in gone]
 
     def _note_life(self, beat: Delivery, now_ms: int) -> None:
@@ -329,9 +330,11 @@ class Bus:
         if worker.epoch:
             worker.counters.restarts += 1
             reason = "the worker's messages are of another life"
-        if worker.lineage and worker.lineage != delivery.lineage:
-            worker.former.append(worker.lineage)
+        former = worker.lineage
         worker.begin(delivery.lineage, delivery.epoch)
+        if former and former != delivery.lineage:
+            worker.former.append(former)
+            self._leave(former, key)
         verdicts: Verdicts = [(key, NewEpoch(worker.epoch, reason, f"{delivery.lineage}:{delivery.epoch}"))]
         if delivery.control is not Control.NONE:
             return verdicts
@@ -356,6 +359,12 @@ class Bus:
         numbering = self._numberings.get(name)
         if numbering is not None:
             numbering.whole = False
+
+    def _leave(self, lineage: str, key: str) -> None:
+        """A worker is no longer of this lineage. What numbers nobody is forgotten."""
+        self._numberings.pop(_own(lineage, key), None)
+        if not any(one.lineage == lineage for one in self.workers.values()):
+            self._numberings.pop(lineage, None)
 
     def _contest(self, key: str, worker: WorkerLife) -> Verdicts | None:
         worker.counters.duplicates += 1

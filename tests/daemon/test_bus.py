@@ -243,6 +243,15 @@ def test_a_worker_that_is_admitted_after_some_of_its_messages_is_fenced(shared: 
     assert feed(one, second) == ["w/0:epoch", "w/0:fence@0", "w/0:1"]
 
 
+def test_what_numbers_no_worker_is_not_remembered() -> None:
+    one = bus(most=1)
+    for n in range(20):
+        feed(one, relayed(0, lineage=f"r{n}"), relayed(9, lineage=f"r{n - 1}"))
+        feed(one, relayed(0, worker=f"refused-{n}"), enveloped(0, f"refused-{n}", publisher=f"p{n}"))
+    assert one.workers.keys() == {"w"}
+    assert len(one._numberings) == 1
+
+
 def test_what_the_bus_itself_lost_fences_everybody() -> None:
     one = bus(durable=True)
     feed(one, relayed(0), relayed(0, worker="v"))
