@@ -70,11 +70,12 @@ class State:
         return answer(request, StreamsAnswer(reports, buses))
 
     async def workers(self, request: web.Request) -> web.Response:
+        # Before the index is read: what is counted then has all that was committed up to their numbers.
+        statuses = {status.worker_id: status for status in self._view.statuses()}
+        at_ms = now_ms()
         held: dict[str, list[Holding]] = defaultdict(list)
         for holding in await self._reads.short(self._view.backend.holdings):
             held[holding.worker_id].append(holding)
-        statuses = {status.worker_id: status for status in self._view.statuses()}
-        at_ms = now_ms()
         names = sorted(held.keys() | statuses.keys())
         return answer(request, WorkersAnswer([_worker(name, statuses.get(name), held[name], at_ms) for name in names]))
 

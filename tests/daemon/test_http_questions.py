@@ -11,7 +11,7 @@ import pytest
 from kvcensus.backends.interface import IndexBackend
 from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
-from kvcensus.backends.model import CacheResidency, CacheTier, IdentityScope, WorkerMatch
+from kvcensus.backends.model import CacheResidency, CacheTier, Holding, IdentityScope, WorkerMatch
 from kvcensus.daemon.config import HttpConfig
 from kvcensus.daemon.status import StreamStatus, Trust
 
@@ -255,6 +255,11 @@ class _Moved(MemoryBackend):
         self._move()
         return found
 
+    def holdings(self) -> list[Holding]:
+        found = super().holdings()
+        self._move()
+        return found
+
 
 def test_the_number_of_an_answer_is_one_whose_blocks_are_in_it_and_other_workers_are_not_looked_at() -> None:
     asked: list[str] = []
@@ -279,3 +284,12 @@ def test_the_number_of_an_answer_is_one_whose_blocks_are_in_it_and_other_workers
             assert [one["last_seq"] for one in found()] == [41]
             assert view.shown[0].last_seq == 42
     assert set(asked) == {"w"}
+
+
+def test_the_number_of_a_worker_is_one_whose_blocks_are_counted_with_it() -> None:
+    view = View(_Moved(lambda: view.shown.__setitem__(0, status("w", last_seq=42))), [status("w")])
+    view.backend.apply([chain(0, 2, "w")])
+    with serving(view) as client:
+        [worker] = client.get("/v1/workers").json["workers"]
+    assert (worker["last_seq"], worker["blocks"]) == (41, 2)
+    assert view.shown[0].last_seq == 42
