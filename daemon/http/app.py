@@ -92,7 +92,10 @@ def endpoints(
         return web.Response(body=description, content_type=JSON)
 
     async def metrics(request: web.Request) -> web.Response:
-        encode, media = choose_encoder(",".join(request.headers.getall("Accept", [])))
+        try:
+            encode, media = choose_encoder(",".join(request.headers.getall("Accept", [])))
+        except TypeError:  # a version that is no number
+            encode, media = choose_encoder("")
         names = request.query.getall("name[]", [])
         asked = view.registry.restricted_registry(names) if names else view.registry
         body = await reads.short(lambda: encode(asked))

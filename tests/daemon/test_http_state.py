@@ -172,6 +172,13 @@ def test_metrics_in_the_text_format(client: Client) -> None:
     assert b"\nkvcensus_queue_messages 3.0\n" in answer.raw
 
 
+@pytest.mark.parametrize("media", ["application/openmetrics-text", "text/plain"])
+def test_metrics_in_a_version_that_is_no_number_are_in_the_oldest_format(client: Client, media: str) -> None:
+    answer = client.get("/metrics", Accept=f"{media};version=x")
+
+    assert (answer.status, answer.headers["content-type"]) == (200, client.get("/metrics").headers["content-type"])
+
+
 def test_a_connection_is_kept_for_many_questions(client: Client) -> None:
     with client.socket() as connection:
         for _ in range(3):
