@@ -143,25 +143,32 @@ class Service:
     def reload(self, config: Config, ended: Callable[[], bool] = lambda: False) -> list[str]:
         """Follow new sources, drop removed ones, and take changed ones up from where they are.
 
-        What is changed waits until all that it brought is committed, or the process has `ended`: from an older cursor
-        messages would be applied twice. Returns the keys that changed but need a restart.
+        Nothing new is followed before all that was left is committed, or the process has `ended`: from an older cursor
+        messages would be applied twice, and a worker may go from one source to another. Returns the keys that changed
+        but need a restart.
         """
         wanted = {stream.stream: (source, stream) for source, stream in config.streams()}
         current = dict(self._streams)
         changed = [name for name, (source, _) in current.items() if name in wanted and wanted[name][0] != source]
-        for name in current:
-            if name in changed or name not in wanted:
-                log.info("stream_dropped" if name not in wanted else "stream_changed", stream=name)
-                self._intake.remove(name, retire=name not in wanted)
-                self._claims.release(name, current[name][0].name)
-        if changed and not self._settle(ended):
+        left = [name for name in current if name in changed or name not in wanted]
+        for name in left:
+            log.info("stream_dropped" if name not in wanted else "stream_changed", stream=name)
+            self._intake.remove(name, retire=name not in wanted)
+        if left and not self._settle(ended):
             return []
-        self._streams = {name: followed for name, followed in current.items() if name in wanted and name not in changed}
+        for name in left:
+            self._claims.release(name, current[name][0].name)
+        self._streams = {name: followed for name, followed in current.items() if name not in left}
+        changed_buses = self._leave_buses(config, ended)
+        if changed_buses is None:
+            return []
         for name, (source, stream) in wanted.items():
             if name not in self._streams:
                 self._follow(source, stream, current[name][1].cursor if name in changed else None)
-        if not self._reload_buses(config, ended):
-            return []
+        cursors = list(self.backend.cursors().values()) if changed_buses else []
+        for bus in config.buses():
+            if bus.name not in self._buses:
+                self._follow_bus(bus, cursors if bus.name in changed_buses else ())
         self._config = msgspec.structs.replace(self._config, sources=config.sources, nats=config.nats)
         return [
             key
@@ -169,10 +176,11 @@ class Service:
             if key != "relay" and getattr(config, key) != getattr(self._config, key)
         ]
 
-    def _reload_buses(self, config: Config, ended: Callable[[], bool]) -> bool:
-        """A changed bus is taken up from what is committed of it, a removed one is dropped with its workers.
+    def _leave_buses(self, config: Config, ended: Callable[[], bool]) -> set[str] | None:
+        """Leave buses that were changed, and drop removed ones with their workers.
 
-        False when the end comes before that.
+        Returns the names of the changed ones, to be taken up from what is committed of them; None when the end comes
+        before that.
         """
         wanted = {bus.name: bus for bus in config.buses()}
         current = dict(self._buses)
@@ -182,12 +190,8 @@ class Service:
             if name not in self._buses:
                 log.info("bus_dropped" if name not in wanted else "bus_changed", bus=name)
                 if not self._leave_bus(one, bus, ended, retire=name not in wanted):
-                    return False
-        cursors = list(self.backend.cursors().values()) if changed else []
-        for name, config_of in wanted.items():
-            if name not in self._buses:
-                self._follow_bus(config_of, cursors if name in changed else ())
-        return True
+                    return None
+        return changed
 
     def _settle(self, ended: Callable[[], bool]) -> bool:
         """Wait until all that was received is committed, so that cursors say how far each stream is."""

@@ -1,0 +1,55 @@
+"""A reload that hands a worker from one source to another: what the first one left is gone before the other begins."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from kvcensus.daemon.config import Config, NatsConfig, NatsServers, SourceConfig, SourceType
+from kvcensus.daemon.service import Service
+
+from ..nats_servers import nats_server, talking
+from .nats_following import STREAM, Relay, payload, wait_until
+
+
+def held(service: Service) -> set[int]:
+    return {int.from_bytes(one.key.block_hash, "big") for one in service.backend.snapshot()}
+
+
+def test_a_worker_goes_from_a_source_to_a_bus_and_back(tmp_path: Path) -> None:
+    with (
+        nats_server(tmp_path / "nats") as server,
+        talking(server.url) as talk,
+        zmq.Context() as context,
+        context.socket(zmq.PUB) as engine,
+    ):
+        talk.add_stream(STREAM, ["kvevents.>"])
+        Relay(talk, durable=True).send(*range(5))
+        endpoint = f"tcp://127.0.0.1:{engine.bind_to_random_port('tcp://127.0.0.1')}"
+        source = SourceConfig(name="w", endpoint=endpoint)
+        bus = NatsConfig(name="bus", type=SourceType.VLLM, stream=STREAM, connection=NatsServers(servers=(server.url,)))
+        alone = Config(data_dir=str(tmp_path / "index"), backend="lmdb", sources=(source,))
+        relayed = msgspec.structs.replace(alone, sources=(), nats=(bus,))
+        service = Service(alone)
+        service.start()
+        numbers = count()
+
+        def hears_the_engine() -> bool:
+            seq = next(numbers)
+            engine.send_multipart([b"", seq.to_bytes(8, "big"), payload(100 + seq)])
+            return max(held(service), default=0) >= 100
+
+        try:
+            for _ in range(3):
+                wait_until(hears_the_engine, "the engine is followed")
+                service.reload(relayed)
+                wait_until(lambda: [one.status().position for one in service.buses()] == [5], "the bus is read")
+                assert held(service) == set(range(5))
+                assert service.backend.cursors()["w"].source == "bus"
+                service.reload(alone)
+                assert not held(service) & set(range(5))
+        finally:
+            service.stop(10)
