@@ -72,7 +72,7 @@ class NatsIntake(threading.Thread):
             for command in commands:
                 command()
             self._check()
-        await asyncio.gather(*(self._end(task) for _, task in self._tasks.values()), *self._removals)
+        await asyncio.gather(*(self._end(*one) for one in self._tasks.values()), *self._removals)
 
     def _check(self) -> None:
         """A task ends only when it is cancelled: anything else is a mistake of ours."""
@@ -94,14 +94,16 @@ class NatsIntake(threading.Thread):
         removal.add_done_callback(self._removals.discard)
 
     async def _remove(self, follower: NatsBus, task: asyncio.Task[None], retire: bool, committed: Barrier) -> None:
-        await self._end(task)
+        await self._end(follower, task)
         if retire:
             follower.outlet.add(follower.bus.retire)
         follower.outlet.add(lambda: [(follower.bus.position, committed)])
         await follower.outlet.flush()
 
     @staticmethod
-    async def _end(task: asyncio.Task[None]) -> None:
+    async def _end(follower: NatsBus, task: asyncio.Task[None]) -> None:
+        """What a task that is cancelled while it hands over has left is handed over."""
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+        await follower.outlet.flush()

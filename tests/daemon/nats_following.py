@@ -135,18 +135,19 @@ class Following:
 
 
 @contextmanager
-def stopped_writer(one: Following, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is committed meanwhile."""
-    may_write = threading.Event()
+def stopped_writer(one: Following, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is committed meanwhile. The event is set once the writer stands still with its first messages."""
+    stands, may_write = threading.Event(), threading.Event()
     apply = one.service.backend.apply
 
     def wait_and_apply(*arguments: object) -> object:
+        stands.set()
         may_write.wait(30)
         return apply(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(one.service.backend, "apply", wait_and_apply)
     try:
-        yield
+        yield stands
     finally:
         may_write.set()
 

@@ -137,8 +137,10 @@ def test_a_slow_writer_makes_messages_wait_and_then_drop_which_is_counted_and_fe
     with following(tmp_path, current.url, **options) as one, talking(current.url) as talk:
         one.lives()
         relay = Relay(talk)
-        with stopped_writer(one, monkeypatch):
-            relay.send(*range(3000))
+        with stopped_writer(one, monkeypatch) as stands:
+            relay.send(0)
+            assert stands.wait(60)
+            relay.send(*range(1, 3000))
             wait_until(lambda: one.dropped > 0, "messages are dropped")
             assert one.bus.state is StreamState.LIVE
         later = count(3000)
@@ -163,8 +165,10 @@ def test_what_waits_for_a_slow_writer_is_applied_in_order_however_it_waits(
         relay = Relay(talk)
         relay.send(0)
         one.holds(range(1))
-        with stopped_writer(one, monkeypatch):
-            relay.send(*range(1, 1200))
+        with stopped_writer(one, monkeypatch) as stands:
+            relay.send(1)
+            assert stands.wait(60)
+            relay.send(*range(2, 1200))
             relay.beat(1199)
             relay.send(*range(1200, 3000))
             (bus,) = one.service.buses()
@@ -176,6 +180,28 @@ def test_what_waits_for_a_slow_writer_is_applied_in_order_however_it_waits(
         assert one.dropped == 0
         (worker,) = one.service.stream_counters()
         assert worker.intake.gaps == worker.intake.duplicates == 0
+
+
+def test_a_lost_connection_is_noticed_while_the_writer_stands_still_and_what_waits_is_applied(
+    current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with talking(current.url) as talk, following(tmp_path, current.url, queue_max_messages=100) as one:
+        one.lives()
+        relay = Relay(talk)
+        relay.send(0)
+        one.holds(range(1))
+        with stopped_writer(one, monkeypatch) as stands:
+            relay.send(1)
+            assert stands.wait(60)
+            relay.send(*range(2, 2000))
+            (bus,) = one.service.buses()
+            wait_until(lambda: bus.counters.messages == 2000, "they are taken in")
+            assert one.bus.pending > 1000
+            current.kill()
+            wait_until(lambda: one.bus.state is StreamState.DISCONNECTED, "the loss is noticed")
+        one.holds(range(2000))
+        wait_until(lambda: one.bus.pending == 0, "nothing waits any more")
+        one.is_believed(Trust.STALE)
 
 
 def test_what_has_arrived_is_applied_before_the_end(current: NatsServer, tmp_path: Path) -> None:
