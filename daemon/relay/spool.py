@@ -44,7 +44,10 @@ SCHEMA = 1
 _KEEP_EIGHTHS = 7
 """What is left when the bound was passed, in eighths of it: not every message then drops another."""
 _SPARE_BYTES = 64 << 20
-"""The file may hold twice the bound and this: pages of dropped records are free only after the next transaction."""
+"""The file may hold twice the bound and this: pages of dropped records are free only after the next transaction.
+
+One that is larger already, since the bound was lowered, may grow by this: dropping takes pages, too.
+"""
 _MAX_READERS = 16
 _NODE_BYTES = 18
 """What LMDB adds to a value in a page: a head of 8 bytes, a pointer of 2, our key of 8."""
@@ -113,15 +116,17 @@ class Spool:
 
     def _open(self) -> lmdb.Environment:
         with named_errors(self._path):
+            file_bytes = 0
             if self._path.exists():
                 check_metas(self._path)
+                file_bytes = self._path.stat().st_size
             else:
                 note_writer(self._directory, Durability.PROCESS, clean=False)
             allocate_lock_file(self._path.with_name(f"{SPOOL_FILE}-lock"))
             env = lmdb.open(
                 str(self._path),
                 subdir=False,
-                map_size=2 * self._max_bytes + _SPARE_BYTES,
+                map_size=max(2 * self._max_bytes, file_bytes) + _SPARE_BYTES,
                 max_dbs=len(_Tables._fields),
                 mode=0o600,
                 max_readers=_MAX_READERS,
@@ -179,13 +184,13 @@ class Spool:
         return self._size.bytes
 
     def cursors(self) -> dict[str, Cursor]:
-        """How far each stream was received, by its name."""
-        with self._env.begin() as txn:
+        """How far each stream was received, by its name. Raises BackendCorrupt."""
+        with self._reading() as txn:
             return {key.decode(): _decode_cursor(value) for key, value in txn.cursor(self._tables.streams)}
 
     def published(self) -> dict[str, Position]:
-        """The last record of each stream that was known to be acknowledged."""
-        with self._env.begin() as txn:
+        """The last record of each stream that was known to be acknowledged. Raises BackendCorrupt."""
+        with self._reading() as txn:
             return {key.decode(): _decode_position(value) for key, value in txn.cursor(self._tables.published)}
 
     def read(self, after: int, most: int, most_bytes: int) -> list[tuple[int, Record]]:
@@ -308,7 +313,7 @@ class Spool:
             yield
         except lmdb.MapFullError as error:
             raise BackendFull(f"{self._path}: the file has reached its limit") from error
-        except (*DAMAGE, msgspec.DecodeError) as error:
+        except (*DAMAGE, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._corrupt(error) from error
         except lmdb.Error as error:
             if disk_is_full(self._directory):

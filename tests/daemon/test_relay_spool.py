@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import lmdb
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -242,6 +243,20 @@ def test_a_file_without_room_changes_nothing_and_what_is_dropped_makes_room(
     spool.close()
 
 
+def test_a_spool_whose_bound_was_lowered_drops_down_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "_SPARE_BYTES", 1 << 20)
+    spool = Spool(tmp_path, 16 << 20)
+    for turn in range(50):
+        fill(spool, "a", 100 * turn, 100, size=3000)
+    spool.close()
+    assert (tmp_path / SPOOL_FILE).stat().st_size > 15 << 20
+    spool = Spool(tmp_path, 1 << 20)
+    (loss,) = spool.commit([record("a", 1, 5000)], [])
+    assert spool.waiting_bytes <= 1 << 20
+    assert [one.seq for _, one in spool.read(0, 10_000, 1 << 30)] == list(range(loss.seq, 5001))
+    spool.close()
+
+
 def test_two_processes_do_not_share_a_spool(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 1 << 20)
     with pytest.raises(BackendBusy, match=str(os.getpid())):
@@ -290,3 +305,19 @@ def test_a_damaged_spool_is_refused_with_what_to_do(tmp_path: Path) -> None:
         file.write(b"\xff" * 8192)
     with pytest.raises(BackendCorrupt, match="mv "):
         Spool(tmp_path, 1 << 20)
+
+
+@pytest.mark.parametrize("table", [b"streams", b"published"])
+@pytest.mark.parametrize(("key", "value"), [(b"a", b"\xc1"), (b"\xff", None)])
+def test_a_cursor_that_cannot_be_read_is_damage(table: bytes, key: bytes, value: bytes | None, tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 1 << 20)
+    spool.commit([], [Cursor("a", 1, 5)], 0, [("a", Position(1, 5))])
+    spool.close()
+    with lmdb.open(str(tmp_path / SPOOL_FILE), subdir=False, max_dbs=4) as env:
+        place = env.open_db(table, create=False)
+        with env.begin(write=True, db=place) as txn:
+            txn.put(key, txn.get(b"a") if value is None else value)
+    spool = Spool(tmp_path, 1 << 20)
+    with pytest.raises(BackendCorrupt, match="is damaged"):
+        spool.cursors() if table == b"streams" else spool.published()
+    spool.close()
