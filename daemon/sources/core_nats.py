@@ -34,6 +34,11 @@ class CoreBus(NatsBus):
         self._arrived = asyncio.Event()
         self._most_messages = config.pending_max_messages // 2
         self._most_bytes = config.pending_max_bytes // 2
+        self._earlier = {
+            subject: [one for one in self.subjects[:at] if overlap(one, subject)]
+            for at, subject in enumerate(self.subjects)
+        }
+        """For each subject those before it that take some of its messages."""
         bus.waiting = self._waiting
 
     async def follow(self, connection: NatsConnection) -> None:
@@ -64,6 +69,15 @@ class CoreBus(NatsBus):
         """What waits in the client is taken, unless the queue is full for long."""
         await drain(connection, _DRAIN_S)
 
+    def take_rest(self) -> None:
+        """What waits in nats-py is in order, and would be forgotten. It came before the end, so it proves nothing."""
+        for subject, subscription in self._subscribed.items():
+            queue = subscription._pending_queue
+            while not queue.empty():
+                self._take_of(subject, queue.get_nowait())
+        self.outlet.end_runs()
+        self.bus.connection_lost()
+
     async def _hand_over(self) -> None:
         """Hand over until the next tick, which does not wait for room: a lost connection is noticed all the same."""
         with suppress(TimeoutError):
@@ -88,7 +102,7 @@ class CoreBus(NatsBus):
             most_messages = _FEW_SIGNS if is_life else self.config.pending_max_messages
             most_bytes = self.config.pending_max_bytes
             at_once = None
-            if not is_life and self.config.type is not SourceType.DYNAMO and not self._earlier(subject):
+            if not is_life and self.config.type is not SourceType.DYNAMO and not self._earlier[subject]:
                 at_once = self._take_at_once
                 most_messages -= self._most_messages
                 most_bytes -= self._most_bytes
@@ -136,24 +150,20 @@ class CoreBus(NatsBus):
         self._arrived.set()
         return True
 
-    def _earlier(self, subject: str) -> list[str]:
-        """Subjects before this one that take some of its messages."""
-        subjects = self.subjects
-        return [one for one in subjects[: subjects.index(subject)] if overlap(one, subject)]
-
     def _receiver(self, subject: str) -> Callback:
         """What is called for each message in turn. While it waits, messages wait in the client, up to its bound.
 
         A message of several subscriptions comes once for each, and only the first of them takes it.
         """
-        earlier = self._earlier(subject)
 
         async def receive(message: Msg) -> None:
-            if earlier and any(one in self._subscribed and matches(one, message.subject) for one in earlier):
-                return
-            self.take(message)
+            self._take_of(subject, message)
             self._arrived.set()
             if len(self.outlet) >= BURST_ITEMS:
                 await self.outlet.flush()
 
         return receive
+
+    def _take_of(self, subject: str, message: Msg) -> None:
+        if not any(one in self._subscribed and matches(one, message.subject) for one in self._earlier.get(subject, ())):
+            self.take(message)

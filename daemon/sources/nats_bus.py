@@ -167,6 +167,7 @@ class NatsBus:
             self.outlet.end_runs()
             self.bus.connection_lost()
             await connection.close()
+            self.take_rest()
             await self.outlet.flush()
 
     async def follow(self, connection: NatsConnection) -> None:
@@ -176,6 +177,9 @@ class NatsBus:
     async def leave(self, connection: NatsConnection) -> None:
         """The end has come: take what is already here."""
         raise NotImplementedError
+
+    def take_rest(self) -> None:
+        """The connection has ended: take what cannot be had again."""
 
     def tick(self) -> None:
         """Time has passed."""

@@ -307,3 +307,26 @@ def test_one_subject_of_two_that_is_withdrawn_is_doubt(tmp_path: Path, reach: di
         one.is_believed(Trust.STALE, "b")
         b.send(2)
         one.is_believed(Trust.UNTRUSTED, "b")
+
+
+def test_what_is_still_taken_of_a_lost_connection_proves_nothing(
+    current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"queue_max_messages": 100, "pending_max_messages": 10_000}
+    with talking(current.url) as talk, following(tmp_path, current.url, **options) as one:
+        one.lives()
+        relay = Relay(talk)
+        relay.send(0)
+        one.holds(range(1))
+        with stopped_writer(one, monkeypatch) as stands:
+            relay.send(1)
+            assert stands.wait(60)
+            relay.send(*range(2, 7000))
+            (bus,) = one.service.buses()
+            wait_until(lambda: bus.counters.messages > 5000, "they are taken in")
+            current.kill()
+            wait_until(lambda: one.bus.state is StreamState.DISCONNECTED, "the loss is noticed")
+        one.holds(range(7000))
+        current.start()
+        one.lives()
+        one.is_believed(Trust.STALE)
