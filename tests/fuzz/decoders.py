@@ -60,7 +60,7 @@ def captured_payloads() -> list[bytes]:
 def translator() -> Target:
     """Garbage becomes operations that keep the backend's contract, or rejections with a known reason.
 
-    Beside itself it becomes the same twice, or nothing.
+    Beside itself it becomes the same twice, or nothing: what is refused, and what mixes maps and arrays, is taken alone.
     """
     translators = (VllmTranslator(_OPTIONS), SglangTranslator(_OPTIONS))
 
@@ -70,8 +70,8 @@ def translator() -> Target:
             alone = one.translate(payload, 1)
             check_translation(alone, payload)
             together = one.translate_all([payload, payload], 1)
-            assert (together is None) == bool(alone.rejections)
             if together is not None:
+                assert not alone.rejections
                 assert together.translation.operations == 2 * alone.operations
 
     return Target(captured_payloads(), MSGPACK_LIES, run, packed=True)
