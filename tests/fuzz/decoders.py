@@ -60,7 +60,7 @@ def captured_payloads() -> list[bytes]:
 def translator() -> Target:
     """Garbage becomes operations that keep the backend's contract, or rejections with a known reason.
 
-    Beside itself it becomes the same twice, or nothing: what is refused, and what mixes maps and arrays, is taken alone.
+    Beside itself it becomes the same twice, or nothing: what is refused or mixes maps and arrays is taken alone.
     """
     translators = (VllmTranslator(_OPTIONS), SglangTranslator(_OPTIONS))
 
