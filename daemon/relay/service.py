@@ -6,10 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 from prometheus_client import CollectorRegistry
+
+from kvcensus.backends.errors import BackendFull
 
 from ..config import Config, NatsServers, SourceConfig, StreamConfig
 from ..counters import HttpCounters
@@ -158,7 +161,8 @@ class RelayService:
         join_if_started(self.publisher)
         through, published = self.publisher.progress
         if self.spooler.error is None:
-            self.spool.commit([], [], through, published.items())
+            with suppress(BackendFull):  # What could not be forgotten is published again, and known by its numbers.
+                self.spool.commit([], [], through, published.items())
         left = self.spool.waiting
         self.spool.close()
         return not left and self.failure() is None
