@@ -30,6 +30,9 @@ _CLOSE_S = 0.5
 """How long a connection may take to say goodbye: nats-py waits for ever after a failed TLS handshake."""
 _MOST_DISCOVERED = 64
 _UNANSWERED_PINGS = 2
+_NO_BOUND = 0
+"""Of what waits to be sent: beyond one nats-py waits 10 s at each message to a server that does not read. Whoever
+publishes here has a bound of its own."""
 
 Callback = Callable[[Msg], Awaitable[None]]
 TakeAtOnce = Callable[[bytes, bytes, bytes, bytes], bool]
@@ -291,6 +294,7 @@ class NatsConnector:
                     name=self._name,
                     allow_reconnect=False,
                     max_reconnect_attempts=1,
+                    pending_size=_NO_BOUND,
                     reconnect_time_wait=0,
                     connect_timeout=timeout_s,  # type: ignore[arg-type]
                     ping_interval=servers.ping_interval_ms / 1000,  # type: ignore[arg-type]
@@ -370,3 +374,7 @@ async def _close(client: Client) -> None:
     with suppress(errors.Error, OSError, TimeoutError, AssertionError, CredentialError):
         async with asyncio.timeout(_CLOSE_S):
             await client.close()
+    # Otherwise what a server did not read would wait on, and be sent once it does, behind what a later one was sent.
+    writer = getattr(client._transport, "_io_writer", None)
+    if writer is not None:
+        writer.transport.abort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 import time
@@ -381,6 +382,31 @@ PERMISSIONS = {
 def restricted(tmp_path: Path, program: Path) -> Iterator[NatsServers]:
     with nats_server(tmp_path, PERMISSIONS, program=program) as server:
         yield servers(server.url, user="kv", password_file=str(secret_file(tmp_path / "password", "x")))
+
+
+def test_what_a_server_did_not_read_is_not_sent_after_the_end(tmp_path: Path) -> None:
+    with nats_server(tmp_path) as server:
+
+        async def main() -> None:
+            connector = NatsConnector(servers(server.url), "test")
+            before = open_files()
+            connection = await connector.connect()
+            server.pause()
+            for _ in range(100):
+                await connection.publish("subject", bytes(100_000))
+            await asyncio.sleep(0.1)
+            await connection.close()
+            deadline = time.monotonic() + 60
+            while open_files() != before:
+                assert time.monotonic() < deadline, "the connection is still there"
+                await asyncio.sleep(0.01)
+            server.go_on()
+
+        asyncio.run(main())
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 def test_a_subject_without_permission_to_subscribe(restricted: NatsServers) -> None:
