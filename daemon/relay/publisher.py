@@ -154,7 +154,9 @@ class Publisher(threading.Thread):
         while self._finish_at_s is None:
             self._used = self._way
             try:
-                connection = await self._used.connector.connect()
+                connection = await self._connect()
+                if connection is None:
+                    continue
                 self.counters.connections += 1
                 self.counters.connected = 1
                 try:
@@ -166,6 +168,15 @@ class Publisher(threading.Thread):
             except NatsProblem as problem:
                 self._say(str(problem))
             await self._pause()
+
+    async def _connect(self) -> NatsConnection | None:
+        """A connection, None when the end or another way comes first. A server may say nothing for long."""
+        connecting = asyncio.create_task(self._used.connector.connect())
+        while not connecting.done() and not self._leaves and not self._is_over():
+            await asyncio.wait([connecting], timeout=_LOOK_S)
+        if connecting.cancel():
+            await asyncio.wait([connecting])
+        return None if connecting.cancelled() else connecting.result()
 
     async def _pause(self) -> None:
         """Wait before the next attempt, unless there is nothing to wait for any more."""
@@ -220,9 +231,10 @@ class Publisher(threading.Thread):
 
     def _is_done(self) -> bool:
         """Whether the end has come: everything is acknowledged, or the time is up."""
-        if self._finish_at_s is None:
-            return False
-        return time.monotonic() >= self._finish_at_s or self._window.through >= self._spool.last_key
+        return self._finish_at_s is not None and (self._is_over() or self._window.through >= self._spool.last_key)
+
+    def _is_over(self) -> bool:
+        return self._finish_at_s is not None and time.monotonic() >= self._finish_at_s
 
     async def _wait(self) -> None:
         with suppress(TimeoutError):
