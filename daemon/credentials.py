@@ -99,6 +99,9 @@ def load_tls(context: ssl.SSLContext, certificate: str, key: str, client_ca: str
         except ssl.SSLError as error:
             raise CredentialError(client_ca, f"has no usable PEM certificate in it: {error.reason or error}") from error
         context.verify_mode = ssl.CERT_REQUIRED
+        # A session that is resumed is not asked for a certificate again.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
 
 
 class CurveKeys(msgspec.Struct, frozen=True):

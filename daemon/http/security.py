@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import time
 from http import HTTPStatus
 
@@ -16,7 +17,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from ..config import HttpConfig
 from ..counters import HttpCounters, HttpRefusal
-from ..credentials import CredentialError, load_tls, read_tokens, server_tls, versions
+from ..credentials import CredentialError, read_tokens, server_tls, versions
 from ..logs import get_logger
 from .answers import JSON, RequestRefused
 from .bodies import ErrorAnswer, ErrorDetail
@@ -141,7 +142,10 @@ class GuardedSite(web.BaseSite):
     ) -> None:
         """Raises CredentialError."""
         tls = config.tls_files()
-        super().__init__(runner, ssl_context=server_tls(*tls) if tls else None, backlog=_BACKLOG)
+        self._newest = server_tls(*tls) if tls else None
+        super().__init__(runner, ssl_context=self._newest, backlog=_BACKLOG)
+        if self._newest is not None:
+            self._newest.sni_callback = self._with_newest
         self._host, self._port = host, port
         self._connections_max = config.max_connections
         self._guard = guard
@@ -203,17 +207,24 @@ class GuardedSite(web.BaseSite):
             if now == seen:
                 continue
             seen = now
-            try:
-                self._renew()
-            except CredentialError as error:
-                log.error("credentials_refused", detail=str(error))
+            for renew in (self._guard.renew, self._renew):
+                try:
+                    renew()
+                except CredentialError as error:
+                    log.error("credentials_refused", detail=str(error))
 
     def _renew(self) -> None:
-        self._guard.renew()
-        if self._tls and self._ssl_context:
-            server_tls(*self._tls)
-            load_tls(self._ssl_context, *self._tls)
+        if self._tls:
+            self._newest = server_tls(*self._tls)
             log.info("certificate_read", file=self._tls[0])
+
+    def _with_newest(self, connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> int | None:
+        """For each client, with a name or without. To a context that is in use authorities can only be added."""
+        assert self._newest is not None
+        if connection.session_reused and self._newest is not first and first.verify_mode is ssl.CERT_REQUIRED:
+            return ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE  # it may be of a client that is not let in any more
+        connection.context = self._newest
+        return None
 
 
 class _PeerNonsense(logging.Filter):

@@ -255,6 +255,51 @@ def test_a_certificate_is_exchanged_while_it_runs(view: View, tmp_path: Path) ->
         wait_until(lambda: "renewed" in subject(client, trusting(ca)))
 
 
+def test_a_renewed_certificate_is_taken_up_while_the_tokens_cannot_be_read(view: View, tmp_path: Path) -> None:
+    ca = authority(tmp_path)
+    server = signed(tmp_path, "server", ca)
+    tokens = secret(tmp_path / "tokens", f"{TOKEN}\n")
+    with serving(view, with_tls(server, token_file=tokens)) as client:
+        newer = signed(tmp_path, "renewed", ca)
+        secret(Path(tokens), "")
+        newer.key.replace(server.key)
+        newer.certificate.replace(server.certificate)
+        wait_until(lambda: "renewed" in subject(client, trusting(ca)))
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_an_authority_that_was_taken_away_lets_nobody_in(view: View, tmp_path: Path, version: ssl.TLSVersion) -> None:
+    ca = authority(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    leaving_ca = authority(other)
+    staying, leaving = trusting(ca, signed(tmp_path, "staying", ca)), trusting(ca, signed(other, "leaving", leaving_ca))
+    staying.maximum_version = leaving.maximum_version = version
+    authorities = tmp_path / "clients.pem"
+    authorities.write_text(ca.certificate.read_text() + leaving_ca.certificate.read_text())
+    config = with_tls(signed(tmp_path, "server", ca), tls_client_ca=str(authorities))
+
+    def session_of(context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+        """The session of a client that was let in, None for one that was not."""
+        with (
+            suppress(ssl.SSLError, ConnectionError),
+            client.socket() as plain,
+            context.wrap_socket(plain, server_hostname=client.host, session=session) as connection,
+        ):
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+            return connection.session if connection.recv(12) == b"HTTP/1.1 200" else None
+        return None
+
+    with serving(view, config) as client:
+        session = session_of(leaving)
+        assert session
+        assert session_of(staying)
+        authorities.write_text(ca.certificate.read_text())
+        wait_until(lambda: not session_of(leaving))
+        assert not session_of(leaving, session), "it was resumed"
+        assert session_of(staying)
+
+
 def test_what_is_wrong_with_files_of_tls_is_said(tmp_path: Path) -> None:
     ca = authority(tmp_path)
     server, other = signed(tmp_path, "server", ca), signed(tmp_path, "other", ca)
