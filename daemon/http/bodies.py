@@ -26,6 +26,8 @@ from ..status import (
     WorkerTrust,
 )
 
+_LIMIT_MAX = (1 << 63) - 1
+
 ROOT_WORD = "root"
 """How `ROOT` is written where a parent's hash is expected."""
 
@@ -42,7 +44,7 @@ GroupAsked = Annotated[
     Annotated[int, Meta(ge=0)] | None, Meta(description="Only residencies of this KV-cache group; null: of every one.")
 ]
 LimitAsked = Annotated[
-    Annotated[int, Meta(ge=1)] | None,
+    Annotated[int, Meta(ge=1, le=_LIMIT_MAX)] | None,
     Meta(description="At most so many children, the first by hash, each with every residency; null: all."),
 ]
 

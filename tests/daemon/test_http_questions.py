@@ -231,6 +231,9 @@ def test_a_limit_of_children_leaves_out_whole_blocks_and_says_so(client: Client,
     assert client.post("/v1/children", body).json["more"] is False
     assert client.post("/v1/children", {**body, "limit": 3}).json["more"] is False
     assert client.post("/v1/children", {**body, "limit": 0}).error == (400, "invalid", "limit")
+    assert client.post("/v1/children", {**body, "limit": 2**63 - 1}).json["more"] is False
+    assert client.post("/v1/children", {**body, "limit": 2**63}).error == (400, "invalid", "limit")
+    assert client.get(f"/v1/children?model_id=m&prefix_hash=root&limit={2**64}").error == (400, "invalid", "limit")
 
 
 class _Moved(MemoryBackend):
