@@ -66,7 +66,12 @@ def listen_address(text: str) -> tuple[str, int]:
     match = _HOST_PORT.fullmatch(text)
     if match is None or not match["host"]:
         raise ValueError(f"{text!r} is not HOST:PORT")
-    return match["host"].strip("[]"), _port(match["port"])
+    host = match["host"].strip("[]")
+    try:
+        host.encode("idna")  # as the resolver does
+    except UnicodeError as error:
+        raise ValueError(f"{host!r} is no name of a host") from error
+    return host, _port(match["port"])
 
 
 def is_loopback(host: str) -> bool:
