@@ -34,6 +34,8 @@ def configure(
     format: LogFormat = LogFormat.AUTO,  # noqa: A002 - the name of the configuration's key
 ) -> None:
     """Log lines from `level` up to stderr. May be called again; loggers that exist follow."""
+    if sys.stderr is None:  # started with it closed: its number must not become that of a socket, or of the index
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     console = format is LogFormat.CONSOLE or (format is LogFormat.AUTO and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
     formatter = _JournalFormatter if not console and _is_journal(sys.stderr) else structlog.stdlib.ProcessorFormatter

@@ -158,3 +158,12 @@ def test_the_journal_gets_the_priority_of_each_line(tmp_path: Path) -> None:
     assert [line[:3] for line in lines] == ["<6>", "<4>", "<3>"]
     assert [json.loads(line[3:])["event"] for line in lines] == ["a", "b", "c"]
     assert _run(code, JOURNAL_STREAM="1:1").stderr.startswith(b"{")
+
+
+def test_a_process_that_was_started_without_stderr_runs() -> None:
+    code = (
+        "from kvcensus.daemon.logs import configure, get_logger\n"
+        "configure(); get_logger('zmq').error('gap_seen'); print('on it goes')"
+    )
+    shell = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
+    assert subprocess.run(shell, stdout=subprocess.PIPE, timeout=30, check=False).stdout == b"on it goes\n"
