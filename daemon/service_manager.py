@@ -71,7 +71,7 @@ class ServiceManager:
         """One line on how it goes, for people."""
         if text != self._status:
             self._status = text
-            self._tell(f"STATUS={text}")
+            self._tell(f"STATUS={' '.join(text.split())}")
 
     def alive(self) -> None:
         """Another period for the watchdog."""
@@ -84,7 +84,7 @@ class ServiceManager:
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
-                to.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, address)
+                to.sendto("\n".join(lines).encode(errors="backslashreplace"), socket.MSG_DONTWAIT, address)
         except OSError as error:
             log.warning("service_manager_not_told", what=lines[0], error=str(error))
 

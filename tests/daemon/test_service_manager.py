@@ -26,6 +26,12 @@ def heard(listening: socket.socket) -> list[str]:
     return listening.recv(4096).decode().splitlines()
 
 
+def test_a_status_is_one_line_whatever_others_said_in_it(manager_socket: socket.socket) -> None:
+    manager = ServiceManager({"NOTIFY_SOCKET": manager_socket.getsockname()})
+    manager.status("bus fleet: no such stream\nSTOPPING=1 /data/\udcff")
+    assert heard(manager_socket) == ["STATUS=bus fleet: no such stream STOPPING=1 /data/\\udcff"]
+
+
 def test_each_word_is_a_datagram_of_its_own(manager_socket: socket.socket) -> None:
     manager = ServiceManager({"NOTIFY_SOCKET": manager_socket.getsockname()})
     manager.ready()
