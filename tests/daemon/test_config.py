@@ -50,7 +50,9 @@ def test_where_http_listens(listen: str, address: tuple[str, int] | None) -> Non
     assert HttpConfig(listen=listen).address() == address
 
 
-@pytest.mark.parametrize("listen", ["9480", ":9480", "localhost", "localhost:", "localhost:x", "a:b:1", "host:70000", "a..b:1"])
+@pytest.mark.parametrize(
+    "listen", ["9480", ":9480", "localhost", "localhost:", "localhost:x", "a:b:1", "host:70000", "a..b:1"]
+)
 def test_where_http_cannot_listen(listen: str) -> None:
     with pytest.raises(InvalidValue) as error:
         HttpConfig(listen=listen)
