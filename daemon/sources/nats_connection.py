@@ -98,7 +98,7 @@ class NatsConnection:
         self.dropped: Callable[[str], None] = lambda subject: None
         """Called with the subject of each message that found too many waiting."""
         self.complained: Callable[[str], None] = lambda problem: None
-        """Called with a sentence when the server refuses a subject."""
+        """Called with a sentence when the server refuses a subject that nobody waits for: a request raises it."""
         self.lost: Callable[[], None] = lambda: None
         """Called when it has ended. It may be `is_lost` some time before."""
 
@@ -236,11 +236,13 @@ class NatsConnection:
             subject = self._subjects.get(lower, lower)
             problem = not_permitted(self._servers, what, subject)
             self.refused[subject] = problem
-            self.complained(problem)
-            for waiting, asked in self._requests.items():
-                # Answers come to a subject of nats-py's choice.
-                if (asked == subject or lower.startswith("_inbox.")) and not waiting.done():
+            # Answers come to a subject of nats-py's choice.
+            asking = [one for one, asked in self._requests.items() if asked == subject or lower.startswith("_inbox.")]
+            for waiting in asking:
+                if not waiting.done():
                     waiting.set_exception(NatsProblem(problem))
+            if not asking:
+                self.complained(problem)
         elif not isinstance(error, errors.Error | OSError | TimeoutError):
             self.failure = error
 

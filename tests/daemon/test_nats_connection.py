@@ -434,6 +434,23 @@ def test_a_request_without_permission_is_refused_at_once(restricted: NatsServers
     assert connected(restricted, request) < QUICK_MS / 2000
 
 
+def test_who_asked_is_told_and_who_published_is_complained_of(restricted: NatsServers) -> None:
+    complaints: list[str] = []
+
+    async def ask_and_publish(connection: NatsConnection) -> None:
+        connection.complained = complaints.append
+        with pytest.raises(NatsProblem, match=r"has no permission to publish to Secret\.Api$"):
+            await connection.request("Secret.Api")
+        assert complaints == []
+        await connection.publish("Secret.Api", b"")
+        await connection.client.flush()
+        await connection.client.flush()
+
+    connected(restricted, ask_and_publish)
+    (complaint,) = complaints
+    assert complaint.endswith("has no permission to publish to Secret.Api")
+
+
 def test_requests_on_one_subject_at_a_time_do_not_know_of_each_other(restricted: NatsServers) -> None:
     async def ask(connection: NatsConnection) -> list[str]:
         found = await asyncio.gather(
