@@ -73,7 +73,8 @@ def list_entries(path: Path | None, data_dir: str | None, as_json: bool) -> None
 def show(entry_id: int, path: Path | None, data_dir: str | None, as_json: bool) -> None:
     """One entry: where it came from, why it was refused, its bytes, and what msgpack makes of them."""
     with _ending():
-        found = list(_kept(_config(path, data_dir)).whole([entry_id]))
+        kept = _kept(_config(path, data_dir))
+        found = list(kept.whole(_ids(kept, (entry_id,), everything=False)))
     if not found:
         raise _not_there([entry_id])
     (entry,) = found

@@ -208,10 +208,11 @@ def test_entries_are_named_or_all_of_them(data: Path, command: str) -> None:
     assert len(KeptEntries(data).listed()) == 3
 
 
-@pytest.mark.parametrize("arguments", [["show", 9], ["retry", 1, 9], ["drop", 9, 1]])
-def test_an_entry_that_is_not_there(data: Path, arguments: list[object]) -> None:
-    ended = quarantine(*arguments, "--data-dir", data)
-    assert (ended.returncode, ended.stderr) == (69, "Error: no entry 9: see kvcensus quarantine list\n")
+@pytest.mark.parametrize("missing", [9, 2**63])
+@pytest.mark.parametrize("arguments", [["show"], ["retry", 1], ["drop", 1]])
+def test_an_entry_that_is_not_there(data: Path, arguments: list[object], missing: int) -> None:
+    ended = quarantine(*arguments, missing, "--data-dir", data)
+    assert (ended.returncode, ended.stderr) == (69, f"Error: no entry {missing}: see kvcensus quarantine list\n")
     assert len(KeptEntries(data).listed()) == 3
 
 
