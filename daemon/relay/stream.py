@@ -58,6 +58,7 @@ class RelayStream:
     async def prepare(self, connection: NatsConnection) -> None:
         """Make the stream if it is missing and may be made. Raises NatsProblem when it is not there then."""
         name = self._options.name
+        self.replicas = 0
         try:
             async with asyncio.timeout(_ASK_S):
                 found = await self._ask(connection, "INFO", b"")

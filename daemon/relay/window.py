@@ -12,7 +12,7 @@ Without that it shows here as a record that is not acknowledged before one that 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 import msgspec
@@ -68,7 +68,7 @@ class Window:
         """Whether a failed record must be acknowledged before others may follow."""
         self.one_by_one = False
         """Whether one record of each stream is on its way at a time."""
-        self._under_way: set[str] = set()
+        self._under_way: Counter[str] = Counter()
         self.through = 0
         """Every record up to this running number is acknowledged."""
         self.repeated = 0
@@ -102,7 +102,7 @@ class Window:
         for stream, held in self._held.items():
             if not self.one_by_one:
                 found += held
-            elif stream not in self._under_way:
+            elif not self._under_way[stream]:
                 found.append(held[0])
         return [(taken.key, taken.record) for taken in sorted(found, key=_key_of)]
 
@@ -115,7 +115,7 @@ class Window:
         taken.sent_ms = now_ms
         self._token += 1
         self._by_token[self._token] = taken
-        self._under_way.add(record.stream)
+        self._under_way[record.stream] += 1
         if taken.key in self._given_up:
             self._given_up.discard(taken.key)
             self.repeated += 1
@@ -127,7 +127,7 @@ class Window:
         if sent is None:
             return []
         sent.done = True
-        self._under_way.discard(sent.record.stream)
+        self._under_way[sent.record.stream] -= 1
         return list(self._finish())
 
     def _finish(self) -> Iterable[Acknowledged]:

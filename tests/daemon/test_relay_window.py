@@ -92,6 +92,17 @@ def test_one_by_one_is_one_of_each_stream_and_nobody_waits_for_another() -> None
     assert (ready(flight), flight.after) == ([], 2)
 
 
+def test_a_stream_that_several_servers_keep_from_now_on_waits_for_all_that_is_on_its_way() -> None:
+    flight = window()
+    first, second = send(flight, 2), send(flight, 4)
+    flight.one_by_one = True
+    flight.hold(6, record(6))
+    flight.acknowledge(first)
+    assert ready(flight) == []
+    flight.acknowledge(second)
+    assert ready(flight) == [6]
+
+
 def test_a_late_answer_to_what_was_given_up_lets_nothing_go() -> None:
     flight = window()
     flight.one_by_one = True
