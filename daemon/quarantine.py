@@ -125,6 +125,7 @@ class Quarantine:
         self._path = directory / QUARANTINE_FILE
         self._limits = limits
         self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
         self._version = -1
         self._pending: deque[tuple[Entry, bytes]] = deque()
         self._pending_bytes = 0
@@ -180,10 +181,14 @@ class Quarantine:
 
     def _try_to_write(self) -> None:
         try:
+            if self._connection is not None and _identity(self._path) != self._file:
+                self._disconnect()
             if not self._pending and not self._path.exists():
+                self.counters.entries = self.counters.bytes = 0
                 return
             if self._connection is None:
                 self._connection = _open_writing(self._path)
+                self._file = _identity(self._path)
             self._write(self._connection)
         except (sqlite3.Error, OSError, QuarantineError) as error:
             self._disconnect()
@@ -316,6 +321,15 @@ def _open_writing(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another of its name; None without one. Who has it open would not notice."""
+    try:
+        seen = path.stat()
+    except FileNotFoundError:
+        return None
+    return seen.st_dev, seen.st_ino
 
 
 def _open_reading(path: Path) -> sqlite3.Connection:

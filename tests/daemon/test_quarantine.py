@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -282,6 +283,32 @@ def test_the_figures_are_there_after_a_restart(opened: Callable[..., Quarantine]
     second = opened()
     assert (second.counters.entries, second.counters.bytes) == (1, first.counters.bytes)
     assert second.counters.added == 0
+
+
+@pytest.mark.parametrize("gone", ["the file", "the directory", "the file, for another"])
+def test_a_file_that_was_taken_away_is_made_anew(
+    directory: Path, opened: Callable[..., Quarantine], now: Callable[[float], None], gone: str
+) -> None:
+    kept = opened()
+    refuse(kept, 1)
+    kept.flush()
+    if gone == "the directory":
+        shutil.rmtree(directory)
+    elif gone == "the file":
+        (directory / QUARANTINE_FILE).unlink()
+    else:
+        (directory / QUARANTINE_FILE).rename(directory / "looked-at-later.sqlite")
+        other = Quarantine(directory, LIMITS)
+        refuse(other, 2)
+        other.close()
+    if gone == "the file":
+        now(11)
+        kept.flush()
+        assert kept.counters.entries == 0
+    refuse(kept, 3)
+    kept.flush()
+    assert numbers(directory) == ([2, 3] if gone.endswith("another") else [3])
+    assert (kept.counters.entries, kept.counters.errors) == (len(numbers(directory)), 0)
 
 
 @pytest.fixture
