@@ -116,6 +116,8 @@ def _read(subject: str, headers: Mapping[str, str], payload: bytes) -> Delivery:
         raise ValueError(f"{CONTROL} is {control} in a message with a body of {len(payload)} bytes")
     if control and SOURCE not in headers:
         raise ValueError(f"{CONTROL} is {control} without {SOURCE}")
+    if control is Control.FENCE and SEQ not in headers:
+        raise ValueError(f"{CONTROL} is {control} without {SEQ}")
     epoch = _number(headers, EPOCH, 0)
     if epoch < 0:
         raise ValueError(f"{EPOCH} is negative")
@@ -177,7 +179,7 @@ def _control(text: str) -> Control:
 
 def _lineage(headers: Mapping[str, str]) -> str:
     lineage = headers.get(SOURCE, "")
-    if lineage and not _LINEAGE.fullmatch(lineage):
+    if SOURCE in headers and not _LINEAGE.fullmatch(lineage):
         raise ValueError(f"{SOURCE} is not 1 to 128 characters of printable ASCII")
     return lineage
 

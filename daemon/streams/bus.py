@@ -157,7 +157,7 @@ class Bus:
         if head.control in (Control.ALIVE, Control.GONE):
             self._note_life(head, now_ms)
             return []
-        if head.seq < 0 and head.control is not Control.LIFE and not self._limits.durable:
+        if head.seq < 0 and head.control is Control.NONE and not self._limits.durable:
             self.refused += 1
             return []
         name = head.lineage if head.shared else _own(head.lineage, key_of(head))
@@ -310,7 +310,7 @@ class Bus:
         return Apply(seq, [delivery.payload])
 
     def _is_duplicate(self, worker: WorkerLife, name: str, delivery: Delivery) -> bool:
-        if delivery.epoch > worker.life or delivery.seq < 0:
+        if delivery.epoch > worker.life or (delivery.seq < 0 and delivery.control is not Control.FENCE):
             return False
         if not delivery.lineage:
             return worker.recent.get(delivery.seq) == hash(delivery.payload)

@@ -184,6 +184,15 @@ def test_a_loss_told_after_the_last_number_fences() -> None:
     assert feed(one, [Delivery("w", None, "r", 1, 0, control=Control.FENCE)]) == ["w:fence@0"]
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_loss_told_before_the_first_number_fences_once(durable: bool) -> None:
+    one = bus(durable=durable)
+    began = [relayed(-1, control=Control.LIFE), relayed(-1, control=Control.FENCE), relayed(0), relayed(1)]
+    assert feed(one, *began) == ["w:epoch", "w:fence@-1", "w:0", "w:1"]
+    assert feed(one, *began) == [], "it may have been cleared since, and is published again after an outage"
+    assert one.refused == 0
+
+
 def test_one_numbering_runs_across_the_workers_of_a_publisher() -> None:
     one = bus()
     said = feed(one, enveloped(0, "a"), enveloped(1, "b"), enveloped(2, "a", "b"))

@@ -151,6 +151,8 @@ REFUSED = {
     "unknown control": ("kvevents.m.w.0", {CONTROL: "stop", SOURCE: "s"}, b"", CONTROL),
     "a control with a body": ("kvevents.m.w.0", {CONTROL: "life", SOURCE: "s"}, b"p", "body of 1 bytes"),
     "a control of nobody": ("kvevents.m.w.0", {CONTROL: "fence", SEQ: "4"}, b"", SOURCE),
+    "a fence of no number": ("kvevents.m.w.0", {CONTROL: "fence", SOURCE: "s"}, b"", SEQ),
+    "a control of an empty source": ("kvevents.m.w.0", {CONTROL: "life", SOURCE: ""}, b"", SOURCE),
     "unknown engine": ("kvevents.m.w.0", {ENGINE: "tgi"}, b"", ENGINE),
     "a source of two lines": ("kvevents.m.w.0", {SOURCE: "a\nb", SEQ: "1"}, b"p", SOURCE),
 }
