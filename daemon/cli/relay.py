@@ -15,7 +15,7 @@ import click
 from kvcensus.backends.errors import BackendBusy, BackendCorrupt, BackendError, BackendFormat
 
 from ..collector import settle_collector
-from ..config import Config, ConfigError, SourceType, config_from_flags, load_config
+from ..config import Config, ConfigError, OnHole, SourceType, config_from_flags, load_config
 from ..config.endpoints import Endpoint, is_loopback
 from ..foreground import CLOSING_S, run_until
 from ..http.server import GuardedServer
@@ -139,7 +139,12 @@ def _warnings(config: Config) -> list[str]:
         for source in config.sources
         if not source.replay_endpoint
     ]
-    return config.http.warnings() + config.relay.connection.warnings() + sources + unheard
+    holes = [
+        f"source {source.name}: on_hole is tolerate, and nobody who follows the bus can tolerate a hole: it fences"
+        for source in config.sources
+        if source.on_hole is OnHole.TOLERATE
+    ]
+    return config.http.warnings() + config.relay.connection.warnings() + sources + unheard + holes
 
 
 async def _run(config: Config, load: Callable[[], Config] | None) -> int:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import msgspec
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from kvcensus.backends.errors import BackendFull
 
-from ..config import Config, NatsServers, SourceConfig, StreamConfig
+from ..config import Config, NatsServers, OnHole, SourceConfig, StreamConfig
 from ..counters import HttpCounters
 from ..following import stream_of
 from ..frame_queue import Barrier, FrameQueue
@@ -78,11 +78,14 @@ class RelayService:
         install(self.registry, self)
 
     def _spooled(self, streams: Iterable[_Configured]) -> dict[str, SpooledStream]:
-        """Streams from where the spool has them. The cursors of others stay: should one come back, its epochs go on."""
+        """Streams from where the spool has them. The cursors of others stay: should one come back, its epochs go on.
+
+        A hole is a fence, whatever the source says of it: followers would find the number missing.
+        """
         cursors = self.spool.cursors()
         return {
             stream.stream: SpooledStream(
-                stream_of(source, stream, cursors.get(stream.stream)),
+                stream_of(replace(source, on_hole=OnHole.FENCE), stream, cursors.get(stream.stream)),
                 Address(stream.source, stream.rank, source.model, source.type, source.topic),
             )
             for source, stream in streams
@@ -114,8 +117,8 @@ class RelayService:
             log.info("connection_changed", servers=connection.servers)
             self._secrets = secrets
             self.publisher.connect_by(_way(connection))
-        running = msgspec.structs.replace(self.config.relay, connection=connection)
-        self.config = msgspec.structs.replace(self.config, sources=config.sources, relay=running)
+        running = replace(self.config.relay, connection=connection)
+        self.config = replace(self.config, sources=config.sources, relay=running)
         needs_restart = [key for key in ("http", "writer", "log") if getattr(config, key) != getattr(self.config, key)]
         return needs_restart + [
             f"relay.{key}" for key in running.__struct_fields__ if getattr(config.relay, key) != getattr(running, key)

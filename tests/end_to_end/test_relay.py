@@ -202,6 +202,25 @@ def test_another_life_of_the_engine_is_another_epoch(tmp_path: Path, server: Nat
     assert Follower(deliveries).payloads == [message.payload for message in sent[300:]]
 
 
+def test_a_hole_is_told_though_the_source_tolerates_it(tmp_path: Path, server: NatsServer) -> None:
+    sent = messages(5) + messages(5, first=6)
+    with ReplayedEngine(sent) as engine:
+        config = tmp_path / "relay.toml"
+        text = BOUNDED.format(url=server.url, endpoint=engine.endpoint, replay_endpoint=engine.replay_endpoint)
+        config.write_text(text + 'on_hole = "tolerate"\nreplay_attempts = 1\n')
+        arguments = ("--config", str(config), "--stream", JETSTREAM, "--create-stream")
+        with RelayProcess(tmp_path / "relay", engine, *arguments) as relaying:
+            engine.publish(5)
+            relaying.wait_published(4)
+            engine.publish_rest()
+            relaying.wait_published(10)
+            warned = [line["detail"] for line in relaying.log() if line["event"] == "configuration"]
+    follower = Follower(stored(server))
+    assert follower.fences == [5]
+    assert follower.payloads == [message.payload for message in sent[5:]]
+    assert any("on_hole" in detail for detail in warned)
+
+
 def test_a_lost_spool_is_another_lineage(tmp_path: Path, server: NatsServer) -> None:
     sent = messages(300)
     with ReplayedEngine(sent) as engine:
