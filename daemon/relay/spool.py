@@ -243,10 +243,18 @@ class Spool:
         self.drops += bool(losses)
         return losses
 
-    def make_room(self) -> list[Loss]:
-        """Drop the oldest eighth, for a file or a disk that has no room. Raises as `commit`."""
+    def make_room(self, through: int = 0) -> list[Loss]:
+        """Forget the records up to number `through`, or if there are none drop the oldest eighth.
+
+        For a file or a disk that has no room. Raises as `commit`.
+        """
         with self._writing() as txn:
-            size, losses = self._drop(txn, self._size, self._size.bytes * _KEEP_EIGHTHS // 8)
+            # What the transaction before this one freed can be used after it, if it changes anything at all.
+            txn.put(b"schema", bytes((SCHEMA,)), db=self._tables.meta)
+            losses: list[Loss] = []
+            size = self._trim(txn, self._size, through)
+            if size == self._size:
+                size, losses = self._drop(txn, size, size.bytes * _KEEP_EIGHTHS // 8)
         self._size = size
         self.drops += bool(losses)
         return losses

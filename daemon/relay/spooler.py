@@ -181,9 +181,11 @@ class Spooler(threading.Thread):
             return True
 
     def _make_room(self) -> None:
-        """A file or disk without room: the oldest records give their pages to the newest ones."""
-        with suppress(BackendFull):
-            self._count(self._spool.make_room(), DropCause.FULL)
+        """A file or disk without room: what the bus has, or the oldest records, give their pages to the newest ones."""
+        for through in (self._acknowledged[0], 0):  # Forgetting much takes pages, too.
+            with suppress(BackendFull):
+                self._count(self._spool.make_room(through), DropCause.FULL)
+                break
         self._say_losses(0.0)
         time.sleep(_RETRY_FULL_S)
 

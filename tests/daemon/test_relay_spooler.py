@@ -147,3 +147,39 @@ def test_a_file_without_room_gives_up_its_oldest_and_says_so(tmp_path: Path, mon
     assert bench.spooler.full == ""
     bench.end()
     bench.spool.close()
+
+
+def test_a_file_without_room_forgets_what_the_bus_has_before_it_drops_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_module, "_SPARE_BYTES", -(4 << 20))
+    monkeypatch.setattr(spooler_module, "_RETRY_FULL_S", 0.01)
+    bench = Bench(tmp_path, max_bytes=4 << 20)
+    for first, count in ((0, 850), (850, 250)):
+        bench.put("a", *(Apply(seq, [b"p" * 3000]) for seq in range(first, first + count)))
+        bench.settle()
+        if not first:
+            bench.spooler.acknowledge(bench.spool.last_key, {"a": Position(0, 849)})
+    assert bench.spooler.counters.commit_errors > 0
+    assert bench.streams["a"].counters.dropped[DropCause.FULL] == 0
+    assert [(one.control, one.seq) for one in bench.records()] == [(Control.NONE, seq) for seq in range(850, 1100)]
+    bench.end()
+    bench.spool.close()
+
+
+def test_an_empty_spool_has_the_room_that_its_last_records_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_module, "_SPARE_BYTES", -(4 << 20))
+    monkeypatch.setattr(spooler_module, "_RETRY_FULL_S", 0.01)
+    bench = Bench(tmp_path, max_bytes=4 << 20)
+    bench.put("a", *(Apply(seq, [b"p" * 3000]) for seq in range(850)))
+    bench.settle()
+    bench.spooler.acknowledge(bench.spool.last_key, {"a": Position(0, 849)})
+    bench.settle()
+    assert bench.spool.waiting == 0
+    bench.put("a", *(Apply(seq, [b"p" * 3000]) for seq in range(850, 1100)))
+    bench.settle()
+    assert bench.spool.waiting == 250
+    bench.end()
+    bench.spool.close()
