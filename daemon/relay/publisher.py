@@ -173,7 +173,9 @@ class Publisher(threading.Thread):
         """A connection, None when the end or another way comes first. A server may say nothing for long."""
         connecting = asyncio.create_task(self._used.connector.connect())
         while not connecting.done() and not self._leaves and not self._is_over():
-            await asyncio.wait([connecting], timeout=_LOOK_S)
+            done, _ = await asyncio.wait([connecting], timeout=_LOOK_S)
+            if not done and not self.problem:
+                self._say("no server has let us in yet")
         if connecting.cancel():
             await asyncio.wait([connecting])
         return None if connecting.cancelled() else connecting.result()

@@ -39,6 +39,7 @@ def test_the_end_does_not_wait_for_a_server_that_says_nothing(tmp_path: Path) ->
         with RelayProcess(tmp_path / "relay", engine, *arguments) as relaying:
             engine.publish_rest()
             wait_until(lambda: relaying.state()["streams"][0]["spooled_seq"] == 9, "all is spooled")
+            wait_until(lambda: "no server has let us in yet" in "".join(relaying.problems()), "it is not ready")
             assert relaying.terminate() == 0
 
 
