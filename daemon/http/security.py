@@ -34,6 +34,8 @@ _LOG_EVERY_S = 10.0
 _HANDSHAKE_S = 10.0
 _UNSENT_MS = 30_000
 """A client that takes nothing of an answer for so long is disconnected by the kernel."""
+_UNSENT_BYTES = 128 << 10
+"""What the kernel may hold of an answer: of more, a slow client takes megabytes before it is seen to take anything."""
 _BACKLOG = 128
 
 log = get_logger("http")
@@ -173,6 +175,8 @@ class GuardedSite(web.BaseSite):
         for listening in server.sockets:
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_MS)
+            if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         if self._secrets:
             self._watching = asyncio.create_task(self._watch(versions(self._secrets)))
 

@@ -108,11 +108,15 @@ class Snapshots:
         self._readings_max = config.max_snapshots
         self._threads = threads
         self._readings: set[_Reading] = set()
+        self._begun: list[web.Request] = []
+        """Those whose answer has begun."""
 
     def stop(self) -> None:
-        """End every snapshot that is under way."""
+        """End every snapshot that is under way, whether or not its client takes anything."""
         for reading in self._readings:
             reading.stop()
+        for request in self._begun:
+            _abort(request)
 
     async def snapshot(self, request: web.Request) -> web.StreamResponse:
         reading = self._begin()
@@ -120,6 +124,7 @@ class Snapshots:
             chunk = await reading.next()
             response = web.StreamResponse(headers={"Content-Type": NDJSON})
             await response.prepare(request)
+            self._begun.append(request)
             try:
                 while chunk is not None:
                     async with asyncio.timeout(_STALL_S):
@@ -127,6 +132,8 @@ class Snapshots:
                     chunk = await reading.next()
             except Exception as error:  # noqa: BLE001 - the answer has begun: all that is left is to cut it off
                 _cut_off(request, error)
+            finally:
+                self._begun = [one for one in self._begun if one is not request]
             return response
         finally:
             reading.stop()
@@ -149,5 +156,9 @@ def _cut_off(request: web.Request, error: Exception) -> None:
         log.warning("snapshot_client_stalled", client=request.remote, waited_s=_STALL_S)
     else:
         log.error("snapshot_broke", client=request.remote, exc_info=error)
+    _abort(request)
+
+
+def _abort(request: web.Request) -> None:
     if request.transport is not None:
         request.transport.abort()

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from kvcensus.backends.lmdb import LmdbBackend
 from kvcensus.backends.memory import MemoryBackend
 from kvcensus.backends.model import CacheResidency, CacheTier, IdentityScope, KvBlockKey, RemoveBlocks
 from kvcensus.daemon.config import HttpConfig
+from kvcensus.daemon.http import snapshot
 
 from .served import SCOPE, Client, View, block, chain, many_chains, name, record, serving
 
@@ -263,3 +266,30 @@ def test_the_server_answers_while_a_snapshot_is_being_prepared() -> None:
         backend.go.set()
         assert len(connection.getresponse().read().splitlines()) == 3
         connection.close()
+
+
+def test_files_that_are_gone_are_no_fault_of_the_daemon(tmp_path: Path) -> None:
+    backend = LmdbBackend(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data")
+    with serving(View(backend)) as client:
+        assert client.get("/v1/snapshot").error == (503, "backend", None)
+        assert client.get("/v1/daemon").error == (503, "backend", None)
+        assert client.get("/metrics").status == 200
+    backend.close()
+
+
+def test_a_client_that_reads_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_STALL_S", 3.0)
+    backend = MemoryBackend()
+    backend.apply(many_chains(MANY))
+    with serving(View(backend)) as client, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        slow.settimeout(10)
+        slow.connect((client.host, client.port))
+        slow.sendall(b"GET /v1/snapshot HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        answer, ends = bytearray(), time.monotonic() + 9
+        while time.monotonic() < ends:
+            answer += slow.recv(32768)
+            time.sleep(0.15)
+        answer += b"".join(iter(lambda: slow.recv(1 << 20), b""))
+    assert answer.count(b'"model_id"') == MANY
