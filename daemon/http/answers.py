@@ -98,12 +98,12 @@ async def errors_as_answers(request: web.Request, handler: Handler) -> web.Strea
         return response
     except web.HTTPException as refused:
         return _refused_by_router(request, refused)
-    except BackendError as error:
-        log.warning("request_failed", path=request.path, detail=str(error))
-        return _error(request, HTTPStatus.SERVICE_UNAVAILABLE, "backend", str(error))
     except ConnectionError:
         log.debug("client_left", path=request.path)
         return web.Response(status=HTTPStatus.BAD_REQUEST)
+    except (BackendError, OSError) as error:  # nothing but the index has files here
+        log.warning("request_failed", path=request.path, detail=str(error))
+        return _error(request, HTTPStatus.SERVICE_UNAVAILABLE, "backend", str(error))
     except Exception:
         request_id = uuid4().hex[:12]
         log.exception("request_broke", request_id=request_id, method=request.method, path=request.path)
