@@ -118,7 +118,7 @@ def _look(config: Config, running: Running) -> list[Finding]:
     directory = look_at_directory(data_dir)
     machine = look_at_machine(data_dir, directory.owner_pid)
     of_index, index_bytes = [], 0
-    if config.backend == "lmdb":
+    if config.backend == "lmdb" and directory.writable:
         from ..doctor.gather_index import look_at_index
         from ..doctor.index import index_findings
 

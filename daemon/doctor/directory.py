@@ -18,8 +18,8 @@ def usable(directory: Directory) -> Finding:
     if not directory.exists:
         if directory.writable:
             return _finding("data directory", Verdict.OK, f"{path} is not there yet and can be made")
-        advice = "make it, and give it to the daemon's user"
-        return _finding("data directory", Verdict.PROBLEM, f"{path} is not there and cannot be made", advice)
+        says = f"{path} is no directory that user {directory.our_uid} can see, and cannot be made"
+        return _finding("data directory", Verdict.PROBLEM, says, "run as the daemon's user, or make it for that user")
     if not directory.writable:
         says = f"{path} cannot be written by user {directory.our_uid}: it belongs to {directory.uid}"
         advice = "run as the daemon's user, or give it the directory with chown -R"

@@ -47,10 +47,10 @@ def look_at_machine(data_dir: Path, pid: int | None) -> Machine:
 
 def look_at_directory(path: Path) -> Directory:
     """The directory and the names in it."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # that of pathlib raises where we may not look
         parent = existing(path)
-        can_be_made = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
-        return Directory(str(path), writable=can_be_made and not path.exists(), our_uid=os.geteuid())
+        can_be_made = parent != path.absolute() and parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+        return Directory(str(path), writable=can_be_made, our_uid=os.geteuid())
     seen = path.stat()
     writable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
     files = []
@@ -77,7 +77,7 @@ def look_at_directory(path: Path) -> Directory:
 def existing(path: Path) -> Path:
     """The path, or the nearest directory above it that is there."""
     path = path.absolute()
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # that of pathlib raises
         path = path.parent
     return path
 

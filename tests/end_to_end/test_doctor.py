@@ -111,3 +111,12 @@ def test_people_get_a_list_with_advice(tmp_path: Path) -> None:
     alone = subprocess.run(command[:-2], capture_output=True, text=True, timeout=60, check=False)
     assert alone.returncode == 2
     assert "give --config FILE" in alone.stderr
+
+
+def test_a_data_directory_that_is_none_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, found = doctor("--data-dir", place, "--no-probe")
+        assert code == 1
+        assert found["data directory"]["verdict"] == "problem"
+        assert "file" not in found, "there is no index to look at"
