@@ -25,8 +25,10 @@ class StreamView(Protocol):
     @property
     def expects_life(self) -> bool: ...
 
+    @property
+    def proven(self) -> bool: ...
+
     life_at_ms: int
-    proven: bool
 
 
 class Followed:

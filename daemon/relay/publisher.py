@@ -392,7 +392,9 @@ class Publisher(threading.Thread):
             position = self._published.get(name)
             if position is None:
                 continue
-            control = Control.ALIVE if stream.followed.intake.connected and not leaving else Control.GONE
+            followed = stream.followed
+            sure = followed.intake.connected and followed.state.proven and not leaving
+            control = Control.ALIVE if sure else Control.GONE
             subject, headers = self._envelopes.of_beat(stream.address, position, control)
             await connection.publish(subject, b"", "", headers)
             self.counters.beats += 1

@@ -71,8 +71,6 @@ class Stream:
         self._doubted = cursor is not None and cursor.trust == Trust.UNTRUSTED
         self._probe_at_ms = 0
         self._gone_at_ms: int | None = None
-        self.proven = True
-        """While it is live: whatever may have been missed is asked for, or fenced, before that."""
         self.life_at_ms = 0
         """When the publisher last gave a sign of life: a connection, a message or an answer."""
 
@@ -84,6 +82,11 @@ class Stream:
         if self._replay is not None and not self._replay.is_probe:
             return StreamState.REPLAYING
         return StreamState.LIVE
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing can have been missed while it is live. Without a replay only the next message tells."""
+        return self._limits.replay or self._verified or self.epoch == 0
 
     @property
     def expects_life(self) -> bool:

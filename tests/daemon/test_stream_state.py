@@ -277,6 +277,23 @@ def test_without_a_replay_socket_a_gap_or_an_unproved_continuity_fences(seq: int
     assert s.live(seq + 1, body(seq + 1), 2) == [Apply(seq + 1, [body(seq + 1)])]
 
 
+def test_without_a_replay_socket_nothing_is_proven_between_a_connection_and_the_next_message() -> None:
+    s = stream(cursor(42), replay=False)
+    s.connected(0)
+    assert not s.proven
+    s.live(43, body(43), 1)
+    assert s.proven
+    s.disconnected(2)
+    s.connected(3)
+    assert not s.proven
+
+
+def test_who_has_never_said_anything_has_been_missed_by_nobody() -> None:
+    s = stream(replay=False)
+    s.connected(0)
+    assert s.proven
+
+
 def test_without_a_replay_socket_a_number_that_goes_backwards_begins_an_epoch() -> None:
     s = stream(cursor(42), replay=False)
     s.connected(0)

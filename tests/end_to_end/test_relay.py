@@ -313,31 +313,58 @@ def test_a_subject_without_permission_is_named(tmp_path: Path) -> None:
             assert str(secret) in relaying.problems()[0]
 
 
-def test_signs_of_life_follow_the_engine(tmp_path: Path, server: NatsServer) -> None:
-    beats: list[Delivery] = []
+@pytest.fixture
+def beats(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Delivery]]:
+    """The signs of life as they come."""
+    found: list[Delivery] = []
 
     async def note(message: object) -> None:
         beat = delivery_of(message.subject, message.headers, message.data)  # type: ignore[attr-defined]
         assert isinstance(beat, Delivery)
-        beats.append(beat)
+        found.append(beat)
 
-    environment = dict(os.environ)
-    os.environ["KVCENSUS__RELAY__HEARTBEAT_MS"] = "100"
-    try:
-        with talking(server.url) as talk, ReplayedEngine(messages(30)) as engine:
-            talk.do(talk.client.subscribe("kvalive.>", cb=note))
-            relaying = relay(tmp_path, engine, server).start()
-            engine.publish(20)
-            wait_until(lambda: bool(beats) and beats[-1].seq == 19, "a sign of life")
-            assert (beats[-1].worker, beats[-1].epoch, beats[-1].control) == (WORKER, 1, Control.ALIVE)
-            assert beats[-1].lineage == relaying.state()["lineage"]
-            engine.stop()
-            wait_until(lambda: beats[-1].control is Control.GONE, "the engine is gone")
-            relaying.terminate()
-            assert beats[-1].control is Control.GONE
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
+    monkeypatch.setenv("KVCENSUS__RELAY__HEARTBEAT_MS", "100")
+    with talking(server.url) as talk:
+        talk.do(talk.client.subscribe("kvalive.>", cb=note))
+        yield found
+
+
+def test_signs_of_life_follow_the_engine(tmp_path: Path, server: NatsServer, beats: list[Delivery]) -> None:
+    with ReplayedEngine(messages(30)) as engine:
+        relaying = relay(tmp_path, engine, server).start()
+        engine.publish(20)
+        wait_until(lambda: bool(beats) and beats[-1].seq == 19, "a sign of life")
+        assert (beats[-1].worker, beats[-1].epoch, beats[-1].control) == (WORKER, 1, Control.ALIVE)
+        assert beats[-1].lineage == relaying.state()["lineage"]
+        engine.stop()
+        wait_until(lambda: beats[-1].control is Control.GONE, "the engine is gone")
+        relaying.terminate()
+        assert beats[-1].control is Control.GONE
+
+
+def test_who_cannot_tell_what_was_missed_gives_no_sign_of_life(
+    tmp_path: Path, server: NatsServer, beats: list[Delivery]
+) -> None:
+    with ReplayedEngine(messages(30)) as engine:
+        config = tmp_path / "relay.toml"
+        text = BOUNDED.format(url=server.url, endpoint=engine.endpoint, replay_endpoint="")
+        config.write_text(text)
+        arguments = ("--config", str(config), "--stream", JETSTREAM, "--create-stream")
+        relaying = RelayProcess(tmp_path / "relay", engine, *arguments).start()
+        wait_until(lambda: engine.subscribers == 1, "it listens")
+        engine.publish(10)
+        wait_until(lambda: bool(beats) and beats[-1].seq == 9, "a sign of life")
+        assert beats[-1].control is Control.ALIVE
+        relaying.kill()
+        engine.publish(5)
+        relaying.start()
+        wait_until(lambda: relaying.state()["streams"][0]["state"] == "live", "it is back")
+        before = len(beats)
+        wait_until(lambda: len(beats) > before + 3, "further signs")
+        assert {beat.control for beat in beats[before + 1 :]} == {Control.GONE}
+        engine.publish(1)
+        wait_until(lambda: beats[-1].seq == 15 and beats[-1].control is Control.ALIVE, "it is sure again")
+        relaying.kill()
 
 
 def test_two_relays_do_not_share_a_spool(tmp_path: Path, server: NatsServer) -> None:
