@@ -88,8 +88,8 @@ def show(entry_id: int, path: Path | None, data_dir: str | None, as_json: bool) 
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name.ljust(width)}  {'-' if value is None or value == '' else value}")
-    kept = f"the first {entry.kept_bytes} of {entry.raw_bytes}" if entry.cut else str(entry.raw_bytes)
-    click.echo(f"\nbytes ({kept}):")
+    size = f"the first {entry.kept_bytes} of {entry.raw_bytes}" if entry.cut else str(entry.raw_bytes)
+    click.echo(f"\nbytes ({size}):")
     for line in _hex_lines(entry.raw):
         click.echo(line)
     click.echo(f"\nmsgpack: {problem}" if problem else f"\nmsgpack:\n{json.dumps(decoded, indent=2)}")
