@@ -393,7 +393,7 @@ class Publisher(threading.Thread):
             if position is None:
                 continue
             followed = stream.followed
-            sure = followed.intake.connected and followed.state.proven and not leaving
+            sure = followed.intake.connected and followed.state.proven and not self.problem and not leaving
             control = Control.ALIVE if sure else Control.GONE
             subject, headers = self._envelopes.of_beat(stream.address, position, control)
             await connection.publish(subject, b"", "", headers)

@@ -19,7 +19,7 @@ class Control(StrEnum):
     ALIVE = "alive"
     """The worker's engine is there. `seq` is the last number that was published."""
     GONE = "gone"
-    """As ALIVE, but whoever publishes has lost the engine."""
+    """As ALIVE, but whoever publishes has lost the engine, or cannot say how far it is."""
 
 
 class Delivery(msgspec.Struct, frozen=True, gc=False):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nats.js.api import DiscardPolicy
 
 from kvcensus.daemon.engine_replay import ReplayedEngine
 from kvcensus.daemon.relay.convention import delivery_of
@@ -365,6 +366,22 @@ def test_who_cannot_tell_what_was_missed_gives_no_sign_of_life(
         engine.publish(1)
         wait_until(lambda: beats[-1].seq == 15 and beats[-1].control is Control.ALIVE, "it is sure again")
         relaying.kill()
+
+
+def test_who_cannot_publish_gives_no_sign_of_life(tmp_path: Path, server: NatsServer, beats: list[Delivery]) -> None:
+    """Signs of life need no stream: followers would have the worker for up to date, and what it says waits here."""
+    with talking(server.url) as talk, ReplayedEngine(messages(20)) as engine:
+        talk.add_stream(JETSTREAM, ["kvevents.*.*.*"], max_msgs=11, discard=DiscardPolicy.NEW)
+        with RelayProcess(tmp_path / "relay", engine, "--nats", server.url) as relaying:
+            engine.publish(10)
+            wait_until(lambda: bool(beats) and beats[-1].seq == 9, "a sign of life")
+            engine.publish(10)
+            wait_until(lambda: "maximum messages exceeded" in "".join(relaying.problems()), "the stream is full")
+            before = len(beats)
+            wait_until(lambda: len(beats) > before + 3, "further signs")
+            assert {beat.control for beat in beats[before + 1 :]} == {Control.GONE}
+            talk.purge_stream(JETSTREAM)
+            wait_until(lambda: beats[-1].control is Control.ALIVE, "it publishes again")
 
 
 def test_two_relays_do_not_share_a_spool(tmp_path: Path, server: NatsServer) -> None:
