@@ -250,7 +250,11 @@ class Config(Section, frozen=True):
             if bus.name in names or bus.name in buses:
                 raise InvalidValue(f"nats[{number}].name", f"{bus.name!r} is already that of another source or bus")
             buses.add(bus.name)
+        places = {bus.cursor(): bus.name for bus in self.buses()}
         for number, source in enumerate(self.sources):
+            if bus_name := places.get(source.name):
+                reason = f"{source.name!r} is what the place in the stream of bus {bus_name} is stored under"
+                raise InvalidValue(f"sources[{number}].name", reason)
             worker, _, rank = source.name.rpartition("/")
             if rank.isdecimal() and worker in names:
                 reason = f"{source.name!r} could be taken for rank {rank} of sources[{names[worker]}]"

@@ -76,13 +76,14 @@ class BusSource:
             cursor=None,
             engine=settings.type,
         )
+        claims.claim(settings.cursor, settings.cursor)  # no worker's: both would be stored under one name
         now = monotonic_ms()
         for cursor in cursors:
             if cursor.source != self.name:
                 continue
             if cursor.stream == settings.cursor:
                 self.position.cursor = cursor
-            elif claims.claim(cursor.stream, self.name):
+            elif cursor.epoch and claims.claim(cursor.stream, self.name):
                 life = self.bus.restore(cursor, now)
                 worker = _name_of(cursor.stream, cursor.rank)
                 self._workers[cursor.stream] = self._follow(cursor.stream, worker, cursor.rank, life, cursor)
@@ -149,7 +150,7 @@ class BusSource:
             items += [(self.position, Refuse(seq, payload, rejection)) for rejection in rejections]
             if deliveries:
                 reason = "part of a message could not be read: it may have been about this worker"
-                items += self._items(self.bus.torn(deliveries[0], reason))
+                items += self._items(self.bus.torn(deliveries, reason))
         return items
 
     def take_run(self, head: Delivery, payloads: list[bytes]) -> list[Item]:
@@ -182,6 +183,7 @@ class BusSource:
 
     def close(self) -> None:
         """Somebody else may follow its workers."""
+        self._claims.release(self.settings.cursor, self.settings.cursor)
         for key in self._workers:
             self._claims.release(key, self.name)
 

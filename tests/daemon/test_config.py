@@ -13,6 +13,7 @@ from kvcensus.daemon.config import (
     Config,
     HttpConfig,
     InvalidValue,
+    NatsConfig,
     SourceConfig,
     SourceType,
     StreamConfig,
@@ -206,6 +207,15 @@ def test_sources_that_cannot_be_told_apart(sources: list[SourceConfig], key: str
     with pytest.raises(InvalidValue) as error:
         Config(sources=tuple(sources))
     assert (error.value.key, reason in error.value.reason) == (key, True), error.value.reason
+
+
+@pytest.mark.parametrize("name", ["nats:fleet", "zmq:plane"])
+def test_a_source_has_not_the_name_of_a_place_in_a_stream(name: str) -> None:
+    plane = source("tcp://plane:1", name="plane", type=SourceType.DYNAMO)
+    fleet = NatsConfig(name="fleet", type=SourceType.VLLM)
+    with pytest.raises(InvalidValue) as error:
+        Config(sources=(plane, source(name=name)), nats=(fleet,))
+    assert (error.value.key, "place in the stream" in error.value.reason) == ("sources[1].name", True)
 
 
 def test_one_publisher_may_be_followed_by_topic() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,3 +105,15 @@ def test_messages_by_the_run_come_to_what_each_comes_to_in_turn(steps: list[list
             worker.proven,
             vars(worker.counters),
         )
+
+
+@pytest.mark.parametrize("worker", ["nats:bus", "nats:other"])
+def test_no_worker_has_the_name_of_a_place_in_a_stream(worker: str) -> None:
+    claims = Claims()
+    other = msgspec.structs.replace(CONFIG, name="other")
+    bus, _ = (BusSource(_bus_settings(config), [], claims) for config in (CONFIG, other))
+    bus.connection_made()
+    for named in (worker, "w"):
+        one = message(named, "r", "", 1, 0, Control.NONE)
+        bus.take(open_message(SourceType.VLLM, "", one.subject, one.headers, one.data), one.data)
+    assert [followed.stream for followed in bus.workers()] == ["w"]
