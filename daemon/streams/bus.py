@@ -125,13 +125,11 @@ class Bus:
         key = cursor.stream
         worker = self.workers[key] = WorkerLife(self, IntakeCounters(), cursor, now_ms)
         worker.proven = self._limits.durable
-        whole = cursor.trust != "untrusted"
         for name in (_own(worker.lineage, key), worker.lineage):
             known = self._numberings.get(name)
-            if known is None:
-                self._numberings[name] = _Numbering(worker.life, cursor.seq, whole)
-            else:
-                known.last, known.whole = max(known.last, cursor.seq), known.whole and whole
+            # Cursors do not tell of workers that were refused or dropped, so it may not be whole.
+            last = cursor.seq if known is None else max(known.last, cursor.seq)
+            self._numberings[name] = _Numbering(worker.life, last, False)
         return worker
 
     def connected(self, now_ms: int) -> None:
@@ -154,6 +152,8 @@ class Bus:
     def receive(self, message: list[Delivery], now_ms: int) -> Verdicts:
         """One message: what it is to each worker that it has something of."""
         head = message[0]
+        if len(message) > 1 and not head.shared:
+            return [verdict for delivery in message for verdict in self.receive([delivery], now_ms)]
         if head.control in (Control.ALIVE, Control.GONE):
             self._note_life(head, now_ms)
             return []
@@ -214,9 +214,10 @@ class Bus:
             numbering.whole = False
         return [(key, Fence(worker.applied, reason)) for key, worker in self.workers.items()]
 
-    def torn(self, head: Delivery, reason: str) -> Verdicts:
-        """Part of a message is unreadable: it may have been about any worker under its numbering."""
-        return [(key, Fence(worker.applied, reason)) for key, worker in self._numbered(head)]
+    def torn(self, message: list[Delivery], reason: str) -> Verdicts:
+        """Part of a message is unreadable: it may have been about any worker under its numberings."""
+        found = {key: worker for delivery in message for key, worker in self._numbered(delivery)}
+        return [(key, Fence(worker.applied, reason)) for key, worker in found.items()]
 
     def tick(self, now_ms: int) -> Verdicts:
         """Time has passed: who was silent for longer than its lease is no worker of this bus any more."""

@@ -223,6 +223,16 @@ def test_without_a_lineage_the_same_message_again_is_a_duplicate() -> None:
     assert feed(one, legacy(1), legacy(2), legacy(1), legacy(3)) == ["w/0:epoch", "w/0:1", "w/0:2", "w/0:3"]
 
 
+def test_without_a_lineage_each_worker_of_a_message_has_numbers_of_its_own() -> None:
+    one = bus()
+    apart = [Delivery(worker, 0, "", 0, seq, b"", first=1) for worker in "vw" for seq in (1, 2, 3, 5)]
+    v1, v2, v3, _, w1, w2, w3, w5 = apart
+    assert feed(one, [v1, w1]) == ["v/0:epoch", "v/0:1", "w/0:epoch", "w/0:1"]
+    assert feed(one, [v2, w2], [w3]) == ["v/0:2", "w/0:2", "w/0:3"]
+    assert feed(one, [v3, w5]) == ["v/0:3", "w/0:fence@4", "w/0:5"]
+    assert told(one.torn([v3, w5], "unreadable")) == ["v/0:fence@3", "w/0:fence@5"]
+
+
 def test_a_message_without_a_number_is_refused_where_a_loss_would_not_be_seen() -> None:
     one = bus()
     assert feed(one, [Delivery("w", None, "", 0, -1, b"x")]) == []
@@ -252,6 +262,12 @@ def test_a_worker_that_is_admitted_after_some_of_its_messages_is_fenced(shared: 
     assert feed(one, second) == ["w/0:epoch", "w/0:fence@0", "w/0:1"]
 
 
+def test_a_worker_that_was_refused_or_dropped_before_a_restart_is_fenced_when_its_publisher_goes_on_with_it() -> None:
+    one = bus(durable=True)
+    one.restore(Cursor("a/0", 1, 3, worker_id="a/0", life="p:0"), 0)
+    assert feed(one, enveloped(4, "b")) == ["b/0:epoch", "b/0:fence@3", "b/0:4"]
+
+
 def test_what_numbers_no_worker_is_not_remembered() -> None:
     one = bus(most=1)
     for n in range(20):
@@ -279,7 +295,7 @@ def test_after_a_restart_a_shared_numbering_goes_on_from_its_highest_number() ->
     one = bus()
     one.restore(Cursor("a/0", 1, 3, worker_id="a/0", life="p:0"), 0)
     one.restore(Cursor("b/0", 1, 7, worker_id="b/0", life="p:0"), 0)
-    assert feed(one, enveloped(8, "a"), enveloped(9, "c")) == ["a/0:8", "c/0:epoch", "c/0:9"]
+    assert feed(one, enveloped(8, "a"), enveloped(10, "b")) == ["a/0:8", "a/0:fence@9", "b/0:fence@9", "b/0:10"]
 
 
 def test_a_bus_that_keeps_nothing_proves_a_worker_by_its_next_number() -> None:
