@@ -11,6 +11,11 @@ from .status import Trust
 from .streams.verdicts import fingerprint
 
 
+def never_followed(cursor: Cursor) -> Cursor:
+    """The cursor of a stream whose blocks go with it: should it outlive them, it must not say that they are there."""
+    return Cursor(stream=cursor.stream, epoch=0, seq=-1, source=cursor.source)
+
+
 class Progress:
     """What a batch makes of a stream's cursor."""
 

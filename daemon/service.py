@@ -27,6 +27,7 @@ from .following import stream_of
 from .frame_queue import Barrier, FrameQueue
 from .logs import get_logger
 from .metrics import install
+from .progress import never_followed
 from .quarantine import Quarantine, QuarantineLimits
 from .shadow import Shadow
 from .sources.bus_source import BusSettings, BusSource
@@ -91,10 +92,13 @@ class Service:
         """Drop what unconfigured streams left, then follow the configured ones from their cursors."""
         cursors = self.backend.cursors()
         wanted = {stream.stream for _, stream in self._config.streams()}
-        buses = {bus.name for bus in self._config.buses()}
-        for name in sorted(cursors.keys() - wanted):
-            if cursors[name].source not in buses:
-                self._drop_unconfigured(cursors[name])
+        buses = {bus.name: bus.cursor() for bus in self._config.buses()}
+        for name in sorted(cursors.keys() - wanted - set(buses.values())):
+            cursor = cursors[name]
+            if cursor.source not in buses:
+                self._drop_unconfigured(cursor)
+            elif not cursor.epoch:
+                self.backend.forget_stream(name)
         if self._shadow is not None:
             self._shadow.begin(self.backend)
         for source, stream in self._config.streams():
@@ -108,7 +112,7 @@ class Service:
     def _drop_unconfigured(self, cursor: Cursor) -> None:
         log.warning("stream_not_configured", stream=cursor.stream, worker=cursor.worker_id, epoch=cursor.epoch)
         if cursor.worker_id:
-            self.backend.apply([ClearBlocks(cursor.worker_id)])
+            self.backend.apply([ClearBlocks(cursor.worker_id)], [never_followed(cursor)])
         self.backend.forget_stream(cursor.stream)
 
     def _follow(self, source: SourceConfig, stream: StreamConfig, cursor: Cursor | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 
 import msgspec
 
@@ -21,7 +22,7 @@ from .counters import WriterCounters
 from .followed import Followed, now_ms
 from .frame_queue import Advance, Barrier, FrameQueue, Item, Refuse
 from .logs import get_logger
-from .progress import Progress
+from .progress import Progress, never_followed
 from .quarantine import Quarantine
 from .shadow import Shadow
 from .status import Trust
@@ -142,7 +143,7 @@ class Writer(threading.Thread):
         ]
         try:
             if clears:
-                self._backend.apply(clears, cursors)
+                self._backend.apply(clears, [*self._left(cursors), *cursors])
         except (BackendFull, BackendUnavailable):
             pass
         self.upkeep.make_room()
@@ -199,6 +200,11 @@ class Writer(threading.Thread):
         progress = self._progress.pop(stream, None) or Progress(stream.cursor)
         self._clear(progress)
         self._retired.append(stream)
+
+    def _left(self, followed: Iterable[Cursor]) -> list[Cursor]:
+        """What is committed of the retired streams before they are forgotten, but for those that are followed again."""
+        again = {cursor.stream for cursor in followed}
+        return [never_followed(stream.cursor) for stream in dict.fromkeys(self._retired) if stream.stream not in again]
 
     def _apply(self, stream: Followed, message: Apply) -> None:
         progress = self._progress.get(stream) or self._progress_of(stream)
@@ -296,10 +302,11 @@ class Writer(threading.Thread):
             # Before the cursors: a crash in between brings the same messages again, never loses one.
             self._quarantine.flush()
         started = time.perf_counter()
-        result = self._apply_until_done(list(cursors.values()))
+        left = self._left(cursors.values())
+        result = self._apply_until_done([*left, *cursors.values()])
         if result is None:
             return
-        gone = {stream.stream for stream in self._retired} - {cursor.stream for cursor in cursors.values()}
+        gone = [cursor.stream for cursor in left]
         for name in gone:
             self._forget(name)
         self.counters.commits += 1
@@ -313,7 +320,7 @@ class Writer(threading.Thread):
         for barrier in self._barriers:
             barrier.committed.set()
         if self._shadow is not None:
-            self._shadow.follow(self._operations, list(cursors.values()), list(gone))
+            self._shadow.follow(self._operations, list(cursors.values()), gone)
             self._shadow.compare(self._backend)
         self._operations = []
         self._progress = {}

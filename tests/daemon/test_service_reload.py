@@ -8,7 +8,10 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from kvcensus.backends.lmdb import LmdbBackend
+from kvcensus.backends.model import Cursor
 from kvcensus.daemon.config import Config, NatsConfig, NatsServers, SourceConfig, SourceType
+from kvcensus.daemon.progress import never_followed
 from kvcensus.daemon.service import Service
 
 from ..nats_servers import nats_server, talking
@@ -53,3 +56,18 @@ def test_a_worker_goes_from_a_source_to_a_bus_and_back(tmp_path: Path) -> None:
                 assert not held(service) & set(range(5))
         finally:
             service.stop(10)
+
+
+def test_a_worker_that_left_its_bus_stays_away_though_the_process_ended_before_it_was_forgotten(tmp_path: Path) -> None:
+    servers = NatsServers(servers=("nats://127.0.0.1:1",))
+    bus = NatsConfig(name="bus", type=SourceType.VLLM, stream=STREAM, connection=servers)
+    backend = LmdbBackend(tmp_path)
+    backend.apply([], [never_followed(Cursor(stream="w", epoch=3, seq=9, source="bus", worker_id="w"))])
+    backend.close()
+    service = Service(Config(data_dir=str(tmp_path), backend="lmdb", nats=(bus,)))
+    try:
+        service.start()
+        assert service.statuses() == []
+        assert service.backend.cursors() == {}
+    finally:
+        service.stop(10)

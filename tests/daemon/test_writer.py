@@ -55,7 +55,7 @@ def followed(cursor: Cursor | None = None, **options: object) -> FollowedStream:
     )
 
 
-def run(backend: MemoryBackend, stream: FollowedStream, *verdicts: Apply | NewEpoch | Fence) -> Writer:
+def run(backend: MemoryBackend, stream: FollowedStream, *verdicts: Apply | NewEpoch | Fence | Retire) -> Writer:
     queue = FrameQueue(1000, 1 << 20)
     writer = Writer(backend, queue, WriterOptions())
     queue.put(Burst((stream, verdict) for verdict in verdicts))
@@ -112,6 +112,21 @@ def test_a_worker_that_comes_back_in_the_batch_in_which_it_left_is_kept() -> Non
     assert backend.cursors() == {"w": back.cursor}
 
 
+class ForgetsNothing(MemoryBackend):
+    """The process ends, or there is no room, before a cursor is dropped."""
+
+    def forget_stream(self, stream: str) -> None:
+        raise BackendFull("no room")
+
+
+def test_the_cursor_of_a_worker_that_left_says_nothing_from_the_commit_on_in_which_its_blocks_go() -> None:
+    backend, left = ForgetsNothing(), followed()
+    run(backend, left, NewEpoch(1, "first"), Apply(0, [payload(stored(1))]))
+    run(backend, left, Retire())
+    assert len(backend) == 0
+    assert backend.cursors()["w"] == Cursor(stream="w", epoch=0, seq=-1, source="w")
+
+
 def test_a_clear_by_the_engine_ends_the_mistrust() -> None:
     backend, stream = MemoryBackend(), followed()
     run(backend, stream, NewEpoch(1, "first"), Fence(4, "lost"), Apply(5, [payload(CLEARED, stored(2))]))
@@ -152,6 +167,19 @@ def test_a_full_store_is_cleared_first_and_the_stream_would_begin_again_if_that_
     assert (cursor.seq, cursor.messages, cursor.blocks_stored) == (2, 3, 2)
     assert {one.key.block_hash for one in backend.snapshot()} == {(7).to_bytes(8, "big")}
     assert writer.upkeep.problem == ""
+
+
+def test_a_full_store_keeps_no_cursor_of_a_worker_that_left_and_was_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "_RETRY_FULL_S", 0.0)
+    backend, left, back = FullAtFirst(), followed(), followed()
+    run(backend, left, NewEpoch(1, "first"), Apply(0, [payload(stored(1))]))
+    backend.full = True
+    queue = FrameQueue(1000, 1 << 20)
+    queue.put(Burst([(left, Retire()), (back, NewEpoch(1, "first")), (back, Apply(0, [payload(stored(2))]))]))
+    queue.close()
+    Writer(backend, queue, WriterOptions()).run()
+    assert backend.meanwhile == [(0, Cursor(stream="w", epoch=0, seq=-1, source="w"))]
+    assert backend.cursors() == {"w": back.cursor}
 
 
 def test_a_bad_message_among_many_costs_only_itself_and_is_named() -> None:
