@@ -156,7 +156,7 @@ class JetStreamBus(NatsBus):
         self._caught_up_at = last
         self._note_pending(max(0, last - self._position))
         self._advance()
-        await self.outlet.flush()
+        await self._hand_over(connection)
 
     def _lost(self, info: StreamInfo, first: int, last: int) -> str:
         """What cannot be read any more, as a reason; "" for nothing."""
@@ -201,7 +201,7 @@ class JetStreamBus(NatsBus):
             while True:
                 await self._ask_for_more(connection, pull)
                 await self._wait(pull)
-                await self._take_all(pull)
+                await self._take_all(connection, pull)
                 self._check(connection, pull, polling)
         finally:
             if polling is not None and not polling.cancel() and not polling.cancelled():
@@ -253,7 +253,7 @@ class JetStreamBus(NatsBus):
                 await pull.woken.wait()
         pull.woken.clear()
 
-    async def _take_all(self, pull: _Pull) -> None:
+    async def _take_all(self, connection: NatsConnection, pull: _Pull) -> None:
         """Take what has arrived, a burst at a time, each with the position that it leads to."""
         while pull.arrived:
             try:
@@ -262,10 +262,19 @@ class JetStreamBus(NatsBus):
             finally:
                 self._advance()
             self.tick()
-            await self.outlet.flush()
+            await self._hand_over(connection)
             pull.heard_s = asyncio.get_running_loop().time()
         self.tick()
-        await self.outlet.flush()
+        await self._hand_over(connection)
+
+    async def _hand_over(self, connection: NatsConnection) -> None:
+        """Hand over what was taken. Raises NatsProblem when the connection is lost before there is room for it."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S):
+                    return await self.outlet.flush()
+            if connection.is_lost:
+                raise NatsProblem(connection.why_lost())
 
     def _take_one(self, pull: _Pull, message: Message) -> None:
         place = place_of(message.reply)

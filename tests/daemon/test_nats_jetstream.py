@@ -388,6 +388,27 @@ def test_a_purge_while_the_writer_waits_is_noticed_without_a_message_after_it(
             assert "of stream KV were gone before they were read" in one.stream().reason
 
 
+def test_a_lost_connection_is_noticed_while_the_writer_stands_still(
+    current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with talking(current.url) as talk, following(tmp_path, current.url, stream=STREAM, queue_max_messages=10) as one:
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        relay.send(0)
+        one.is_believed(Trust.FRESH)
+        with stopped_writer(one, monkeypatch) as stands:
+            relay.send(1)
+            assert stands.wait(60)
+            relay.send(*range(2, 1000))
+            wait_until(lambda: one.service.queue_depth()[0] >= 10, "the queue is full")
+            current.kill()
+            one.is_believed(Trust.STALE)
+        current.start()
+        one.holds(range(1000))
+        one.is_believed(Trust.FRESH)
+        assert {found.ref_count for found in one.service.backend.snapshot()} == {1}
+
+
 def test_a_stream_that_went_back(current: NatsServer, tmp_path: Path) -> None:
     """A server restored from a copy of its store: numbers that were read are given to other messages."""
     store = tmp_path / "nats" / "n1" / "store"
