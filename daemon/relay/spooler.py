@@ -104,7 +104,7 @@ class Spooler(threading.Thread):
         while items:
             for item in items:
                 self._gather(item)
-            if len(self._records) >= _COMMIT_MAX_RECORDS or self._bytes >= _COMMIT_MAX_BYTES:
+            if self._is_much():
                 break
             items = self._queue.take(0.0)
         self._commit()
@@ -116,15 +116,15 @@ class Spooler(threading.Thread):
         if isinstance(what, Barrier):
             self._barriers.append(what)
             return
-        progress = self._progress.get(stream)
-        if progress is None:
-            progress = self._progress[stream] = Progress(stream.cursor)
+        progress = self._progress_of(stream)
         if isinstance(what, Apply):
             self._streams[stream.stream].counters.spooled += len(what.payloads)
-            progress.messages += len(what.payloads)
-            progress.payload = what.payloads[-1]
             for seq, payload in enumerate(what.payloads, what.seq):
-                progress.seq = seq
+                if self._is_much() and not self._abandon:  # A burst may be larger than the file.
+                    self._commit()
+                    progress = self._progress_of(stream)
+                progress.seq, progress.payload = seq, payload
+                progress.messages += 1
                 self._add(stream, progress, Control.NONE, payload)
         elif isinstance(what, NewEpoch):
             progress.epoch, progress.seq, progress.payload, progress.fingerprint = what.epoch, -1, None, b""
@@ -134,6 +134,15 @@ class Spooler(threading.Thread):
             if what.seq != progress.seq:
                 progress.seq, progress.payload, progress.fingerprint = what.seq, None, b""
             self._add(stream, progress, Control.FENCE)
+
+    def _is_much(self) -> bool:
+        return len(self._records) >= _COMMIT_MAX_RECORDS or self._bytes >= _COMMIT_MAX_BYTES
+
+    def _progress_of(self, stream: Followed) -> Progress:
+        progress = self._progress.get(stream)
+        if progress is None:
+            progress = self._progress[stream] = Progress(stream.cursor)
+        return progress
 
     def _add(self, stream: Followed, progress: Progress, control: Control, payload: bytes = b"") -> None:
         address = self._streams[stream.stream].address

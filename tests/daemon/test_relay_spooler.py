@@ -183,3 +183,17 @@ def test_an_empty_spool_has_the_room_that_its_last_records_left(
     assert bench.spool.waiting == 250
     bench.end()
     bench.spool.close()
+
+
+def test_a_burst_that_is_larger_than_the_file_goes_through_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spooler_module, "_RETRY_FULL_S", 0.01)
+    payloads = [b"%06d" % seq + bytes(500_000) for seq in range(200)]
+    bench.put("a", NewEpoch(1, "x"), Apply(0, payloads))
+    bench.settle()
+    records = bench.records()
+    assert (records[0].control, records[0].seq) == (Control.FENCE, 198)
+    assert [one.seq for one in records[1:]] == [199]
+    cursor = bench.spool.cursors()["a"]
+    assert (cursor.seq, cursor.messages, cursor.fingerprint) == (199, 200, fingerprint(payloads[-1]))
+    assert bench.streams["a"].counters.dropped == {DropCause.BOUND: 199, DropCause.FULL: 0, DropCause.TOO_LARGE: 0}
+    assert bench.streams["a"].counters.spooled == 200
