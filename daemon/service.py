@@ -99,6 +99,11 @@ class Service:
                 self._drop_unconfigured(cursor)
             elif not cursor.epoch:
                 self.backend.forget_stream(name)
+        for _, stream in self._config.streams():
+            taken = _of_source(stream, cursors.get(stream.stream))
+            if taken is not None and taken != cursors[stream.stream]:
+                self.backend.apply([], [taken])
+                cursors[stream.stream] = taken
         if self._shadow is not None:
             self._shadow.begin(self.backend)
         for source, stream in self._config.streams():
@@ -163,16 +168,19 @@ class Service:
         for name in left:
             self._claims.release(name, current[name][0].name)
         self._streams = {name: followed for name, followed in current.items() if name not in left}
-        changed_buses = self._leave_buses(config, ended)
+        new = {name: stream.source for name, (_, stream) in wanted.items() if name not in self._streams}
+        taken = {name: self._claims.owner(name) for name, source in new.items() if not self._claims.claim(name, source)}
+        changed_buses = self._leave_buses(config, set(taken.values()), ended)
         if changed_buses is None:
             return []
-        for name, (source, stream) in wanted.items():
-            if name not in self._streams:
-                self._follow(source, stream, current[name][1].cursor if name in changed else None)
-        cursors = list(self.backend.cursors().values()) if changed_buses else []
+        cursors = self.backend.cursors() if changed_buses else {}
+        for name in new:
+            source, stream = wanted[name]
+            cursor = cursors.get(name) if name in taken else None
+            self._follow(source, stream, current[name][1].cursor if name in changed else _of_source(stream, cursor))
         for bus in config.buses():
             if bus.name not in self._buses:
-                self._follow_bus(bus, cursors if bus.name in changed_buses else ())
+                self._follow_bus(bus, cursors.values() if bus.name in changed_buses else ())
         self._config = msgspec.structs.replace(self._config, sources=config.sources, nats=config.nats)
         return [
             key
@@ -180,15 +188,17 @@ class Service:
             if key != "relay" and getattr(config, key) != getattr(self._config, key)
         ]
 
-    def _leave_buses(self, config: Config, ended: Callable[[], bool]) -> set[str] | None:
-        """Leave buses that were changed, and drop removed ones with their workers.
+    def _leave_buses(self, config: Config, robbed: set[str], ended: Callable[[], bool]) -> set[str] | None:
+        """Leave buses that were changed, or `robbed` of a worker, and drop removed ones with their workers.
 
         Returns the names of the changed ones, to be taken up from what is committed of them; None when the end comes
         before that.
         """
         wanted = {bus.name: bus for bus in config.buses()}
         current = dict(self._buses)
-        changed = {name for name, (bus, _) in current.items() if name in wanted and wanted[name] != bus}
+        changed = {
+            name for name, (bus, _) in current.items() if name in wanted and (wanted[name] != bus or name in robbed)
+        }
         self._buses = {name: bus for name, bus in current.items() if name in wanted and name not in changed}
         for name, (one, bus) in current.items():
             if name not in self._buses:
@@ -320,6 +330,11 @@ def _bus_settings(config: SourceConfig | NatsConfig) -> BusSettings:
         events=config,
         type=config.type,
     )
+
+
+def _of_source(stream: StreamConfig, cursor: Cursor | None) -> Cursor | None:
+    """A cursor that a bus may have left: from now on it is the source's, and the bus does not take it up again."""
+    return None if cursor is None else msgspec.structs.replace(cursor, source=stream.source)
 
 
 def _unwritten(status: StreamStatus, full: str, since_ms: int) -> StreamStatus:

@@ -58,6 +58,43 @@ def test_a_worker_goes_from_a_source_to_a_bus_and_back(tmp_path: Path) -> None:
             service.stop(10)
 
 
+def test_a_new_source_takes_its_worker_from_a_bus_that_stays(tmp_path: Path) -> None:
+    with (
+        nats_server(tmp_path / "nats") as server,
+        talking(server.url) as talk,
+        zmq.Context() as context,
+        context.socket(zmq.PUB) as engine,
+    ):
+        talk.add_stream(STREAM, ["kvevents.>"])
+        Relay(talk, durable=True).send(*range(5))
+        endpoint = f"tcp://127.0.0.1:{engine.bind_to_random_port('tcp://127.0.0.1')}"
+        bus = NatsConfig(name="bus", type=SourceType.VLLM, stream=STREAM, connection=NatsServers(servers=(server.url,)))
+        relayed = Config(data_dir=str(tmp_path / "index"), backend="lmdb", nats=(bus,))
+        service = Service(relayed)
+        service.start()
+        numbers = count(100)
+
+        def hears_the_engine() -> bool:
+            seq = next(numbers)
+            engine.send_multipart([b"", seq.to_bytes(8, "big"), payload(seq)])
+            return max(held(service), default=0) >= 100
+
+        try:
+            wait_until(lambda: held(service) == set(range(5)), "the bus is read")
+            service.reload(msgspec.structs.replace(relayed, sources=(SourceConfig(name="w", endpoint=endpoint),)))
+            assert [(one.stream, one.source) for one in service.statuses()] == [("w", "w")]
+            wait_until(hears_the_engine, "the engine is followed")
+            assert not held(service) & set(range(5))
+            other = Relay(talk, "other", durable=True)
+            Relay(talk, durable=True).send(5)
+            other.send(7)
+            wait_until(lambda: 7 in held(service), "the bus is followed")
+            assert 5 not in held(service)
+            assert service.backend.cursors()["w"].source == "w"
+        finally:
+            service.stop(10)
+
+
 def test_a_worker_that_left_its_bus_stays_away_though_the_process_ended_before_it_was_forgotten(tmp_path: Path) -> None:
     servers = NatsServers(servers=("nats://127.0.0.1:1",))
     bus = NatsConfig(name="bus", type=SourceType.VLLM, stream=STREAM, connection=servers)
@@ -71,3 +108,20 @@ def test_a_worker_that_left_its_bus_stays_away_though_the_process_ended_before_i
         assert service.backend.cursors() == {}
     finally:
         service.stop(10)
+
+
+def test_a_worker_that_a_source_took_over_from_a_bus_is_no_longer_that_of_the_bus(tmp_path: Path) -> None:
+    servers = NatsServers(servers=("nats://127.0.0.1:1",))
+    bus = NatsConfig(name="bus", type=SourceType.VLLM, stream=STREAM, connection=servers)
+    backend = LmdbBackend(tmp_path)
+    backend.apply([], [Cursor(stream="w", epoch=3, seq=9, source="bus", worker_id="w", life="spool:1")])
+    backend.close()
+    alone = Config(data_dir=str(tmp_path), backend="lmdb", nats=(bus,))
+    both = msgspec.structs.replace(alone, sources=(SourceConfig(name="w", endpoint="tcp://127.0.0.1:1"),))
+    for config, followed in ((both, [("w", "w", 9)]), (alone, [])):
+        service = Service(config)
+        try:
+            service.start()
+            assert [(one.stream, one.source, one.last_seq) for one in service.statuses()] == followed
+        finally:
+            service.stop(10)
