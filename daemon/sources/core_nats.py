@@ -60,6 +60,7 @@ class CoreBus(NatsBus):
                     if not refused:
                         self.bus.connection_made()
             refused |= await self._withdrawn(connection)
+            self.hears(self.signs_of_life in self._subscribed)
             if connection.failure is not None:
                 raise connection.failure
             await self._hand_over()

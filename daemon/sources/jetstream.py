@@ -131,7 +131,14 @@ class JetStreamBus(NatsBus):
         except NatsProblem as problem:
             if connection.is_lost:
                 raise
-            log.error("no_signs_of_life", bus=self.bus.name, detail=str(problem))
+            self._hears_none(connection, str(problem))
+        else:
+            self.hears(True)
+
+    def _hears_none(self, connection: NatsConnection, problem: str) -> None:
+        connection.refused.pop(self.signs_of_life, None)
+        log.error("no_signs_of_life", bus=self.bus.name, detail=problem)
+        self.hears(False)
 
     # What the stream still has
 
@@ -322,6 +329,8 @@ class JetStreamBus(NatsBus):
             polling.result()
         if problem := connection.refused.get(pull_subject(connection, self.config.stream, pull.name)):
             raise NatsProblem(problem)
+        if problem := connection.refused.get(self.signs_of_life):
+            self._hears_none(connection, problem)
         if asyncio.get_running_loop().time() - pull.heard_s > _SILENCE_S:
             raise _Odd("not even heartbeats come of it")
 

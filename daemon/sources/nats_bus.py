@@ -14,6 +14,7 @@ from nats.aio.msg import Msg
 from kvcensus.translators.dynamo_envelope import DEFAULT_SUBJECTS
 
 from ..config import NatsConfig, SourceType
+from ..followed import monotonic_ms
 from ..frame_queue import Burst, FrameQueue, Item
 from ..logs import get_logger
 from ..relay.convention import EVENTS_PREFIX, every_subject
@@ -205,6 +206,10 @@ class NatsBus:
         opening = open_message(settings.type, settings.worker_prefix, message.subject, headers, payload)
         self.outlet.add(lambda: bus.take(opening, payload))
         self.plain.note(subject, raw, opening)
+
+    def hears(self, signs: bool) -> None:
+        """Whether signs of life can come."""
+        self.bus.bus.hears(signs, monotonic_ms())
 
     async def take_sign_of_life(self, message: Msg) -> None:
         """One sign of life of a relay."""

@@ -108,6 +108,7 @@ class Bus:
         self._numberings: dict[str, _Numbering] = {}
         self._connected = False
         self._was_connected = False
+        self._hears = True
         self.behind = False
         """Whether a durable bus still has messages that were published before now."""
         self.refused = 0
@@ -137,6 +138,13 @@ class Bus:
         self._connected = self._was_connected = True
         for worker in self.workers.values():
             worker.life_at_ms = now_ms
+
+    def hears(self, signs: bool, now_ms: int) -> None:
+        """Whether signs of life can arrive: while they cannot, that there are none says nothing."""
+        if signs and not self._hears:
+            for worker in self.workers.values():
+                worker.life_at_ms = now_ms
+        self._hears = signs
 
     def disconnected(self) -> None:
         """The bus is gone. What it does not keep is lost, whether or not there was anything."""
@@ -225,7 +233,7 @@ class Bus:
             return []
         gone = []
         for key, worker in self.workers.items():
-            lease_ms = self._limits.lease_ms if worker.beats else self._limits.silent_lease_ms
+            lease_ms = self._limits.lease_ms if worker.beats and self._hears else self._limits.silent_lease_ms
             if lease_ms and now_ms - worker.life_at_ms > lease_ms:
                 gone.append(key)
         for key in gone:

@@ -366,6 +366,16 @@ def test_a_lease_does_not_run_while_the_bus_is_gone() -> None:
     assert told(one.tick(9500)) == []
 
 
+def test_a_lease_is_the_long_one_while_signs_of_life_cannot_come_and_begins_anew_when_they_can() -> None:
+    one = bus(lease_ms=1000, silent_lease_ms=5000)
+    feed(one, relayed(0), [Delivery("w", None, "r", 1, 0, control=Control.ALIVE)])
+    one.hears(False, 500)
+    assert told(one.tick(5000)) == []
+    one.hears(True, 5000)
+    assert told(one.tick(6000)) == []
+    assert told(one.tick(6001)) == ["w:retire"]
+
+
 def test_a_relay_without_its_engine_shows_as_disconnected() -> None:
     one = bus()
     feed(one, relayed(0))

@@ -284,6 +284,24 @@ def test_a_permission_that_is_withdrawn(tmp_path: Path, reach: dict[str, object]
         lives_again(one)
 
 
+def test_signs_of_life_that_are_withdrawn_end_nobody(tmp_path: Path, reach: dict[str, object]) -> None:
+    leases = {"lease_ms": 4000, "stale_after_ms": 6000}
+    with (
+        nats_server(tmp_path / "nats", users("kvevents.>", "kvalive.>")) as server,
+        following(tmp_path, server.url, connection=reach, **leases) as one,
+        talking(server.url, user="relay", password="y") as talk,
+    ):
+        one.lives()
+        relay = Relay(talk)
+        relay.send(0)
+        one.holds(range(1))
+        relay.beat(0)
+        server.reload(**users("kvevents.>"))
+        one.is_believed(Trust.STALE)
+        server.reload(**users("kvevents.>", "kvalive.>"))
+        one.is_believed(Trust.FRESH)
+
+
 def test_one_subject_of_two_that_is_withdrawn_is_doubt(tmp_path: Path, reach: dict[str, object]) -> None:
     one_of_them, both = ("kvevents._.a.*", "kvalive.>"), ("kvevents._.a.*", "kvevents._.b.*", "kvalive.>")
     with (

@@ -136,6 +136,31 @@ def test_signs_of_life_come_over_core_nats(current: NatsServer, tmp_path: Path) 
             wait_until(lambda: one.trust() is Trust.STALE, "the engine is gone")
 
 
+def test_signs_of_life_that_may_not_be_heard_any_more_end_nobody(tmp_path: Path) -> None:
+    def users(*denied: str) -> dict[str, object]:
+        us = {"user": "kv", "password": "x", "permissions": {"subscribe": {"deny": list(denied)}}}
+        return {"authorization": {"users": [us, {"user": "relay", "password": "y"}]}}
+
+    reach = {"user": "kv", "password_file": str(secret_file(tmp_path / "password", "x"))}
+    with (
+        nats_server(tmp_path / "nats", users()) as server,
+        talking(server.url, user="relay", password="y") as talk,
+    ):
+        stream(talk)
+        relay = Relay(talk, durable=True)
+        relay.send(0)
+        options = {"stream": STREAM, "lease_ms": 4000, "stale_after_ms": 6000}
+        with following(tmp_path, server.url, connection=reach, **options) as one:
+            one.holds(range(1))
+            one.lives()
+            relay.beat(0)
+            server.reload(**users("kvalive.>"))
+            one.is_believed(Trust.STALE)
+            relay.send(1)
+            one.holds(range(2))
+            one.is_believed(Trust.FRESH)
+
+
 def test_a_full_queue_asks_for_nothing_and_loses_nothing(
     current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
