@@ -56,6 +56,7 @@ class _Attempt(NamedTuple):
     outcome: Any
     result: ApplyResult
     totals: tuple[int, int]
+    adds_dead: bool
 
 
 class ValkeyBackend(IndexBackend):
@@ -85,8 +86,9 @@ class ValkeyBackend(IndexBackend):
             self._lease = Lease(directory, self._keys, options.lease_ms)
             self._position = self._begin()
             self._reader = ValkeyReader(self._server, self._keys)
+            self._sweep = Sweep(self._keys)
             self._totals = self._write("open", lambda txn, batch: None, commits=False) or self._catalog_totals()
-            self._sweep = Sweep(self._keys, self._ask_dead())
+            self._sweep.has_dead = self._ask_dead()
             self._refuse_eviction()
             names = Server(options)
             names.ask([("SADD", parts_key(options.namespace), options.part)])
@@ -162,8 +164,7 @@ class ValkeyBackend(IndexBackend):
                 try:
                     return self._attempt(call, change, commits)
                 except Committed as known:
-                    done = self._uncertain[known.attempt]
-                    self._settle(done)
+                    done = self._settle(known.attempt)
                     if done.call == call:
                         return cast("T", done.outcome)
                     self._untold = done
@@ -192,18 +193,18 @@ class ValkeyBackend(IndexBackend):
             for frozen in self._snapshots:
                 for key in overlay.changed:
                     frozen.keep(key, overlay.before(key))
-            self._commit(txn, _Attempt(call, outcome, batch.result, self._catalog.totals()))
+            adds_dead = txn.adds_to("dead")
+            self._commit(txn, _Attempt(call, outcome, batch.result, self._catalog.totals(), adds_dead))
         except BaseException as error:
             self._catalog = None
+            self._sweep.restart()
             self._disconnect()
             if isinstance(error, UNDECODABLE):
                 error = BackendCorrupt(f"valkey {self._server.address}: the index is damaged ({error!r})")
             if isinstance(error, BackendCorrupt):
                 self._damage = error
             raise error
-        if txn.adds_to("dead"):
-            self._sweep.has_dead = True
-        self._settle(self._uncertain[self._attempts])
+        self._settle(self._attempts)
         if call not in _TIDYING:
             self._untold = None
         self._bytes_written += batch.bytes_written + txn.bytes_written
@@ -223,13 +224,16 @@ class ValkeyBackend(IndexBackend):
         if renews:
             self._lease.renewed()
 
-    def _settle(self, done: _Attempt) -> None:
-        """An attempt was carried out, and so no other one at the same commit can be any more."""
-        self._position = self._position._replace(commit=self._position.commit + 1)
+    def _settle(self, attempt: int) -> _Attempt:
+        """An attempt was carried out, and so no other one at the same commit can be any more. Returns it."""
+        done = self._uncertain[attempt]
+        self._position = self._position._replace(commit=self._position.commit + 1, attempt=attempt)
         self._uncertain.clear()
         self._totals = done.totals
+        self._sweep.has_dead = self._sweep.has_dead or done.adds_dead
         self._puts += done.result.stored + done.result.copies_added + done.result.refreshed
         self._removes += done.result.copies_removed
+        return done
 
     def apply(self, operations: Sequence[Operation], cursors: Sequence[Cursor] = ()) -> ApplyResult:
         def change(txn: Transaction, batch: Batch) -> ApplyResult:
@@ -277,22 +281,13 @@ class ValkeyBackend(IndexBackend):
                 self._renew()
             return False
 
-        tried = False
-
         def change(txn: Transaction, batch: Batch) -> bool:
-            nonlocal tried
-            if tried:
-                self._sweep.restart()
-            tried = True
             assert self._catalog is not None
             empty = not self._catalog.rows and not self._snapshots
             return self._sweep.step(txn, batch, rows, empty=empty)
 
-        try:
-            return self._write(_RECLAIM, change)
-        except BackendError:
-            self._sweep.restart()
-            raise
+        self._sweep.has_dead = self._write(_RECLAIM, change)
+        return self._sweep.has_dead
 
     def _renew(self) -> None:
         """Say that we are still here, and find out whether the index still is what it was."""

@@ -15,15 +15,18 @@ from .transaction import Transaction
 
 
 class Sweep:
-    """The pass that is under way, if any. `has_dead` says that there is something to free."""
+    """The pass that is under way, if any. `has_dead` says that there is something to free, as of the last commit."""
 
-    def __init__(self, keys: Keys, has_dead: bool) -> None:
+    def __init__(self, keys: Keys) -> None:
         self._keys = keys
-        self.has_dead = has_dead
+        self.has_dead = False
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new pass at the next step."""
+        """Begin a new pass at the next step: the last one may not count, or the server may be another process.
+
+        Where HSCAN stands is a place in the hash table of the process that was asked.
+        """
         self._bucket = 0
         self._cursor: Any = 0
         self._dead: set[int] | None = None
@@ -55,6 +58,5 @@ class Sweep:
         for place in dead:
             txn.delete(PLACE.pack(place), db="dead")
         left = txn.ask([("HLEN", self._keys.tables["dead"])])[0] - len(dead)
-        self.has_dead = left > 0
         self.restart()
-        return self.has_dead
+        return bool(left > 0)

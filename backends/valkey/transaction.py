@@ -25,12 +25,14 @@ _LINKS_TOGETHER = 5_000
 class Position(NamedTuple):
     """What `meta` has when nobody but us has written. `attempts` are those of `commit + 1` whose outcome is not known.
 
-    `instance` is of the index from its first commit on, `session` of whoever opened it last.
+    `instance` is of the index from its first commit on, `session` of whoever opened it last. `attempt` is the one that
+    made `commit`, 0 before the first one of the session: two servers may have made different ones.
     """
 
     instance: bytes
     session: bytes
     commit: int
+    attempt: int = 0
     attempts: tuple[int, ...] = ()
 
 
@@ -85,13 +87,13 @@ class Transaction:
             )
         if session != at.session:
             raise BackendBusy(f"valkey {self._server.address}: another process has taken the index over")
-        if int(commit) == at.commit:
+        if (int(commit), int(attempt)) == (at.commit, at.attempt):
             return
         if int(commit) == at.commit + 1 and int(attempt) in at.attempts:
             raise Committed(int(attempt))
         raise BackendLost(
             f"valkey {self._server.address}: commit {at.commit} of the index is gone, it is at commit {int(commit)}: "
-            "the server has gone back to an older state"
+            "the server has gone back to an older state, or has one of another history"
         )
 
     def rows(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:

@@ -382,6 +382,119 @@ def test_a_failover_to_a_replica_that_was_behind_fences(server: ValkeyServer, tm
         again.close()
 
 
+def test_a_server_that_parted_with_the_history_is_not_taken_for_the_other_one(
+    server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have as many commits: the last one of the old primary was carried out unknown to anybody."""
+    with replica_of(server, tmp_path / "replica") as replica:
+        servers = [server.address, replica.address]
+        backend = open_valkey(tmp_path / "index", {"servers": servers, "timeout_ms": 500})
+        backend.apply([store(A)], at(1))
+        wait_for_replica(server)
+        replica.cli("REPLICAOF", "127.0.0.1", "1")
+        exchange = Server.exchange
+        away = []
+
+        def goes_away(self: Server, connection: Any, commands: Any) -> Any:
+            ours = connection.port == server.port
+            replies = [] if ours and away else exchange(self, connection, commands)
+            if ours and (away or commands[-1] == ("EXEC",)):
+                away.append(True)
+                self._leave()
+                raise Disconnected("away")
+            return replies
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Server, "exchange", goes_away)
+            with pytest.raises(BackendUnavailable):
+                backend.apply([clear()], at(2))
+            replica.cli("REPLICAOF", "NO", "ONE")
+            backend.apply([store(B)], at(2))
+        replica.kill()
+
+        with pytest.raises(BackendLost):
+            backend.apply([store(C)], at(3))
+        backend.close()
+
+
+# freeing what is dead
+
+
+def dead_places(server: ValkeyServer) -> int:
+    return int(server.cli("HLEN", "{kvcensus/main}:dead"))
+
+
+def reclaim_all(backend: ValkeyBackend, rows: int) -> None:
+    while backend.reclaim(rows):
+        pass
+
+
+def test_a_clear_whose_answer_was_lost_is_reclaimed_as_well(
+    server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(server, tmp_path / "index")
+    backend.apply([store(A)], at(1))
+    exchange = Server.exchange
+    losses = [1]
+
+    def loses_answers(self: Server, connection: Any, commands: Any) -> Any:
+        replies = exchange(self, connection, commands)
+        if losses[0] and commands[-1] == ("EXEC",):
+            losses[0] -= 1
+            raise Disconnected("lost")
+        return replies
+
+    monkeypatch.setattr(Server, "exchange", loses_answers)
+
+    assert backend.apply([clear()], at(2)).cleared == 1
+    assert losses == [0]
+    reclaim_all(backend, 100)
+
+    assert dead_places(server) == 0
+    backend.close()
+
+
+def test_a_last_step_of_reclaiming_that_failed_is_made_again(
+    server: ValkeyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(server, tmp_path / "index")
+    backend.apply([store(A, worker="gone"), store(B)], at(1))
+    backend.apply([clear("gone")], at(2))
+    exchange = Server.exchange
+    failures = [1]
+
+    def fails(self: Server, connection: Any, commands: Any) -> Any:
+        if failures[0] and any(command[:2] == ("HDEL", b"{kvcensus/main}:dead") for command in commands):
+            failures[0] -= 1
+            raise Disconnected("not sent")
+        return exchange(self, connection, commands)
+
+    monkeypatch.setattr(Server, "exchange", fails)
+    reclaim_all(backend, 100)
+
+    assert failures == [0]
+    assert dead_places(server) == 0
+    backend.close()
+
+
+def test_no_row_is_missed_when_the_server_begins_anew_in_the_middle_of_reclaiming(tmp_path: Path) -> None:
+    """Where a walk of a large hash stands means nothing to another process of the server."""
+    with running_server(tmp_path / "server", {**DURABLE, "hash-max-listpack-entries": "0"}) as server:
+        backend = opened(server, tmp_path / "index")
+        backend.apply([store(*blocks(*range(2, 60_000)), worker="gone"), store(A)], at(1))
+        backend.apply([clear("gone")], at(2))
+        assert backend.reclaim(10_000)
+
+        server.kill()
+        server.start()
+        backend.apply([], at(3))
+        reclaim_all(backend, 10_000)
+
+        rows = sum(int(server.cli("HLEN", f"{{kvcensus/main}}:b:{bucket}")) for bucket in range(256))
+        assert (dead_places(server), rows) == (0, 1)
+        backend.close()
+
+
 # a cluster
 
 
