@@ -16,6 +16,7 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from .config import LogFormat, LogLevel
+from .top.words import printable
 
 FIRST_KEYS = ("timestamp", "level", "event", "logger", "source", "worker", "seq", "epoch")
 """These keys come first, where a line has them."""
@@ -58,7 +59,7 @@ def _rendering(console: bool) -> list[Processor]:
     if console:
         colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         plain = structlog.dev.plain_traceback
-        return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+        return [_escaped, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
     return [structlog.processors.format_exc_info, _first_keys_first, structlog.processors.JSONRenderer()]
 
 
@@ -79,6 +80,14 @@ def _is_journal(stream: TextIO) -> bool:
 def _first_keys_first(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     first = {key: event[key] for key in FIRST_KEYS if key in event}
     return {**first, **event}
+
+
+def _escaped(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """A terminal obeys what a peer may have put into a name."""
+    for key, value in event.items():
+        if isinstance(value, str) and key not in ("event", "exception", "stack"):
+            event[key] = printable(value)
+    return event
 
 
 def _bytes_as_hex(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

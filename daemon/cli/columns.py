@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from ..top.words import printable
+
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+ s)?")
 
 
@@ -24,4 +26,4 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _shown(value: object) -> str:
-    return "-" if value is None or value == "" else str(value)
+    return "-" if value is None or value == "" else printable(str(value))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..top.words import printable
 from .asking import Daemon, http_option
 from .ending import Failure
 
@@ -198,8 +199,8 @@ def _show(found: Sequence[Finding]) -> None:
             area = one.area
         verdict = click.style(f"{_SYMBOLS[one.verdict]} {one.verdict:<7}", fg=_COLOURS[one.verdict])
         says, *rest = [line for text in (one.says, one.advice) for line in textwrap.wrap(text, columns - len(indent))]
-        click.echo(f"  {verdict}  {one.check:<{width}}  {says}")
+        click.echo(f"  {verdict}  {one.check:<{width}}  {printable(says)}")
         for line in rest:
-            click.echo(f"{indent}{line}")
+            click.echo(f"{indent}{printable(line)}")
     counts = [sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning")]
     click.echo(f"\nchecks: {len(found)}, problems: {counts[0]}, warnings: {counts[1]}")

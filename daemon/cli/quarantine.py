@@ -87,7 +87,7 @@ def show(entry_id: int, path: Path | None, data_dir: str | None, as_json: bool) 
     del facts["at_ms"]
     width = max(map(len, facts))
     for name, value in facts.items():
-        click.echo(f"{name.ljust(width)}  {'-' if value is None or value == '' else value}")
+        click.echo(f"{name.ljust(width)}  {'-' if value is None or value == '' else printable(str(value))}")
     size = f"the first {entry.kept_bytes} of {entry.raw_bytes}" if entry.cut else str(entry.raw_bytes)
     click.echo(f"\nbytes ({size}):")
     for line in _hex_lines(entry.raw):

@@ -12,7 +12,7 @@ from ..status import BusStatus, Trust
 from .rates import Rates
 from .rows import STYLES, SYMBOLS, trust_words
 from .sample import Sample
-from .words import count, duration, share, size
+from .words import count, duration, printable, share, size
 
 _LABEL = 14
 
@@ -45,7 +45,7 @@ def headline(sample: Sample, rates: Rates | None) -> list[Text]:
     for trust in Trust:
         if trusts[trust]:
             third.append(f"   {SYMBOLS[trust]} {trusts[trust]} {trust.value}", STYLES[trust])
-    problems = [Text(f"! {problem}", "bold red", no_wrap=True) for problem in sample.readiness.problems]
+    problems = [Text(f"! {printable(problem)}", "bold red", no_wrap=True) for problem in sample.readiness.problems]
     return [first, second, third, *problems]
 
 
@@ -153,7 +153,8 @@ def labelled(lines: list[tuple[str, str]]) -> Text:
     text = Text()
     for label, words in lines:
         style = next((STYLES[trust] for trust in Trust if words == trust_words(trust)), "")
-        text.append(f"{label:<{_LABEL}}", "dim").append(words, "bold red" if label == "because" else style).append("\n")
+        shown = printable(words)
+        text.append(f"{label:<{_LABEL}}", "dim").append(shown, "bold red" if label == "because" else style).append("\n")
     return text
 
 

@@ -8,6 +8,7 @@ from rich.text import Text
 from textual.widgets import DataTable
 
 from .rows import Column, Row, chosen, ordered
+from .words import printable
 
 
 class Listing(DataTable[Text]):
@@ -63,7 +64,7 @@ class Listing(DataTable[Text]):
         columns = self._shown_columns
         rows = chosen(self._rows, columns, self.words)
         self.shown = ordered(rows, columns[self.sorted_by], self.descending)
-        lines = [[(column.cell(row), column.style(row)) for column in columns] for row in self.shown]
+        lines = [[(printable(column.cell(row)), column.style(row)) for column in columns] for row in self.shown]
         widths = [
             max(least, column.width, len(self._head_of(at)), *(len(line[at][0]) for line in lines), 0)
             for at, (column, least) in enumerate(zip(columns, self._widths or [0] * len(columns)))

@@ -10,6 +10,7 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
+from textual.markup import escape
 from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Footer, Input, Static, TabbedContent, TabPane
@@ -20,7 +21,7 @@ from .looking import Look, Unreachable
 from .rates import Rates, rates_between
 from .rows import BUSES, STREAMS, SYMBOLS, WORKERS, bus_rows, stream_rows, worker_rows
 from .sample import Sample
-from .words import duration
+from .words import duration, printable
 
 _KEYS = [
     ("1 2 3 4", "workers, streams, backend, buses"),
@@ -59,7 +60,7 @@ class Page(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         page = VerticalScroll(Static(self._text, id="text"), id="page")
-        page.border_title = self._title
+        page.border_title = escape(printable(self._title))
         page.border_subtitle = "Esc: back"
         yield page
 

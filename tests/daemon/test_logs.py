@@ -144,6 +144,13 @@ def test_the_format_may_be_forced() -> None:
     assert b"{" not in _run("configure(format=LogFormat.CONSOLE); log.info('x', a=1)").stderr
 
 
+def test_a_terminal_obeys_nobody_who_names_a_worker() -> None:
+    code = "configure(format=LogFormat.CONSOLE); log.info('worker_joined', worker='\\x1b[2J', reason='a\\nb')"
+    (line,) = _run(code).stderr.splitlines()
+    assert b"worker=\\x1b[2J" in line
+    assert b"a\\nb" in line
+
+
 def test_nothing_is_printed_to_stdout_before_configuring() -> None:
     assert b"early" in _run("log.warning('early')").stderr
 

@@ -15,8 +15,10 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Static, TabbedContent
 
+from kvcensus.backends.memory import MemoryBackend
 from kvcensus.daemon.bench.processes import free_port
 from kvcensus.daemon.cli.asking import Daemon
+from kvcensus.daemon.status import Trust
 from kvcensus.daemon.top.listing import Listing
 from kvcensus.daemon.top.looking import Unreachable, look
 from kvcensus.daemon.top.sample import Sample
@@ -190,8 +192,6 @@ def test_a_thousand_workers(tmp_path: Path) -> None:
 
 
 def test_a_bus_that_fails_says_why() -> None:
-    from kvcensus.backends.memory import MemoryBackend
-
     view = View(MemoryBackend(), [status("gpu/0")])
     view.followed_buses = [Bus(bus_status("fleet", problem="nats://nats:4222: nobody answers"))]
 
@@ -211,6 +211,32 @@ def test_a_bus_that_fails_says_why() -> None:
 
     with serving(view) as client:
         asyncio.run(drive(client.port))
+
+
+def test_what_a_peer_calls_itself_is_text() -> None:
+    """Whoever may publish on a bus may choose the name of a worker."""
+    names = ["[/]", "\x1b]0;mine\x07", "two\nlines"]
+    view = View(MemoryBackend(), [status(name, trust=Trust.STALE, reason="\x1b[2J") for name in names])
+
+    async def drive(port: int) -> None:
+        app = Top(looking_at(port), "there", 0.2)
+        async with app.run_test(size=(80, 24)) as pilot:
+            workers = table(app, "worker_table")
+            await until(pilot, lambda: len(workers.shown) == 3, "the workers are there")
+            assert not any("\x1b" in str(workers.get_row_at(at)[0]) for at in range(3))
+            workers.move_cursor(row=[row.key for row in workers.shown].index("[/]"))
+            await pilot.press("enter")
+            await until(pilot, lambda: isinstance(app.screen, WorkerPage), "the page is there")
+            assert app.screen.query_one("#page").border_title == "\\[/]"
+            assert "\x1b" not in str(app.screen.query_one("#text", Static).render())
+            await pilot.press("ctrl+c")
+
+    with serving(view) as client:
+        asyncio.run(drive(client.port))
+        where = ("--http", f"127.0.0.1:{client.port}")
+        for command in (("query", "workers"), ("query", "streams"), ("top", "--once", "--interval", "0.2")):
+            ended = kvcensus(*command, *where)
+            assert (ended.returncode, "\x1b" in ended.stdout, "two\\nlines" in ended.stdout) == (0, False, True)
 
 
 def kvcensus(*arguments: str) -> subprocess.CompletedProcess[str]:
