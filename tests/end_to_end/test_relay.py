@@ -348,24 +348,22 @@ def test_who_cannot_tell_what_was_missed_gives_no_sign_of_life(
 ) -> None:
     with ReplayedEngine(messages(30)) as engine:
         config = tmp_path / "relay.toml"
-        text = BOUNDED.format(url=server.url, endpoint=engine.endpoint, replay_endpoint="")
-        config.write_text(text)
+        config.write_text(BOUNDED.format(url=server.url, endpoint=engine.endpoint, replay_endpoint=""))
         arguments = ("--config", str(config), "--stream", JETSTREAM, "--create-stream")
-        relaying = RelayProcess(tmp_path / "relay", engine, *arguments).start()
-        wait_until(lambda: engine.subscribers == 1, "it listens")
-        engine.publish(10)
-        wait_until(lambda: bool(beats) and beats[-1].seq == 9, "a sign of life")
-        assert beats[-1].control is Control.ALIVE
-        relaying.kill()
-        engine.publish(5)
-        relaying.start()
-        wait_until(lambda: relaying.state()["streams"][0]["state"] == "live", "it is back")
-        before = len(beats)
-        wait_until(lambda: len(beats) > before + 3, "further signs")
-        assert {beat.control for beat in beats[before + 1 :]} == {Control.GONE}
-        engine.publish(1)
-        wait_until(lambda: beats[-1].seq == 15 and beats[-1].control is Control.ALIVE, "it is sure again")
-        relaying.kill()
+        with RelayProcess(tmp_path / "relay", engine, *arguments) as relaying:
+            wait_until(lambda: engine.subscribers == 1, "it listens")
+            engine.publish(10)
+            wait_until(lambda: bool(beats) and beats[-1].seq == 9, "a sign of life")
+            assert beats[-1].control is Control.ALIVE
+            relaying.kill()
+            engine.publish(5)
+            relaying.start()
+            wait_until(lambda: relaying.state()["streams"][0]["state"] == "live", "it is back")
+            before = len(beats)
+            wait_until(lambda: len(beats) > before + 3, "further signs")
+            assert {beat.control for beat in beats[before + 1 :]} == {Control.GONE}
+            engine.publish(1)
+            wait_until(lambda: beats[-1].seq == 15 and beats[-1].control is Control.ALIVE, "it is sure again")
 
 
 def test_who_cannot_publish_gives_no_sign_of_life(tmp_path: Path, server: NatsServer, beats: list[Delivery]) -> None:
