@@ -30,9 +30,13 @@ _decode_cursor = msgspec.msgpack.Decoder(Cursor).decode
 
 
 class _Seen(NamedTuple):
-    """The places of one state of one index, and the scopes of that index."""
+    """The places of one state of one index, and the scopes of that index.
 
-    state: tuple[bytes | None, bytes | None]
+    `state` is its instance, session and version of the places. What a server lost has used numbers that a later session
+    gives again, so nothing is kept from one session to the next.
+    """
+
+    state: tuple[bytes | None, bytes | None, bytes | None]
     places: LivePlaces
     scopes: ScopeNames
 
@@ -84,17 +88,17 @@ class ValkeyReader:
 
     def _ask(self, commands: Sequence[Command]) -> tuple[_Seen, list[Any]]:
         """Replies, and the places of the same moment."""
-        head: Command = ("HMGET", self._keys.meta, b"instance", VERSION)
+        head: Command = ("HMGET", self._keys.meta, b"instance", b"session", VERSION)
         seen = self._seen
         if seen is not None:
             state, *replies = self._at_once([head, *commands])
             if tuple(state) == seen.state:
                 return seen, replies
         state, stored, *replies = self._at_once([head, ("HGETALL", self._keys.places), *commands])
-        places = live_places(int.from_bytes(state[1] or b"", "big"), decode_places(pairs(stored)))
-        same_index = seen is not None and seen.state[0] == state[0]
-        scopes = seen.scopes if seen is not None and same_index else ScopeNames(cast("Any", TABLES.scopes))
-        seen = self._seen = _Seen((state[0], state[1]), places, scopes)
+        places = live_places(int.from_bytes(state[2] or b"", "big"), decode_places(pairs(stored)))
+        same_session = seen is not None and seen.state[:2] == (state[0], state[1])
+        scopes = seen.scopes if seen is not None and same_session else ScopeNames(cast("Any", TABLES.scopes))
+        seen = self._seen = _Seen((state[0], state[1], state[2]), places, scopes)
         return seen, replies
 
     def get(self, key: bytes, default: bytes | None = None, *, db: str) -> bytes | None:

@@ -19,13 +19,15 @@ from kvcensus.backends.errors import (
     BackendLost,
     BackendUnavailable,
 )
-from kvcensus.backends.model import ApplyResult, Cursor
+from kvcensus.backends.model import ApplyResult, Cursor, IdentityScope
 from kvcensus.backends.valkey.backend import ValkeyBackend, open_valkey
-from kvcensus.backends.valkey.server import Disconnected, Server
+from kvcensus.backends.valkey.layout import Keys
+from kvcensus.backends.valkey.reader import ValkeyReader
+from kvcensus.backends.valkey.server import Disconnected, Server, ValkeyOptions
 from kvcensus.backends.valkey.shared import SharedReader
 from tests.valkey_servers import ValkeyServer, needs_server, running_cluster, running_server
 
-from .building import SCOPE, block, blocks, clear, store
+from .building import LORA, SCOPE, block, blocks, clear, store
 
 pytestmark = needs_server
 
@@ -415,6 +417,31 @@ def test_a_server_that_parted_with_the_history_is_not_taken_for_the_other_one(
         with pytest.raises(BackendLost):
             backend.apply([store(C)], at(3))
         backend.close()
+
+
+def test_a_reader_does_not_mix_up_names_of_before_and_after_a_failover(server: ValkeyServer, tmp_path: Path) -> None:
+    """What was lost has used numbers of places and scopes that are given again."""
+    with replica_of(server, tmp_path / "replica") as replica:
+        options = ValkeyOptions(servers=(server.address, replica.address), timeout_ms=500)
+        reader = ValkeyReader(Server(options), Keys(options.namespace, options.part))
+        backend = ValkeyBackend(tmp_path / "index", options)
+        backend.apply([store(A)], at(1))
+        wait_for_replica(server)
+        replica.cli("REPLICAOF", "127.0.0.1", "1")
+        backend.apply([store(B, worker="lost", scope=LORA)], at(2))
+        assert [one.worker_id for one in reader.find(B)] == ["lost"]
+
+        server.kill()
+        replica.cli("REPLICAOF", "NO", "ONE")
+        with pytest.raises(BackendLost):
+            apply_until_unavailable(backend, 3)
+        backend.close()
+        again = ValkeyBackend(tmp_path / "index", options)
+        other = IdentityScope("other", "tokenizer")
+        again.apply([store(C, worker="new", scope=other)], at(2))
+
+        assert [(one.worker_id, one.key.scope) for one in reader.find(C)] == [("new", other)]
+        again.close()
 
 
 # freeing what is dead
