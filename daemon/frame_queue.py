@@ -25,7 +25,7 @@ class Barrier(msgspec.Struct, frozen=True):
 
 
 class Advance(msgspec.Struct, frozen=True):
-    """A bus has been read up to `position`. `life` names the stream of its server that this is a position in."""
+    """A bus has been read up to `position`. `life` tells the stream of its server, and what is there, from others."""
 
     position: int
     life: str

@@ -20,6 +20,7 @@ from ..frame_queue import FrameQueue
 from ..logs import get_logger
 from .bus_source import BusSource
 from .jetstream_api import (
+    Place,
     StreamInfo,
     create_consumer,
     delete_consumer,
@@ -97,7 +98,9 @@ class JetStreamBus(NatsBus):
         super().__init__(bus, config, queue)
         cursor = bus.position.cursor
         self._position = cursor.seq
-        self._life = cursor.life
+        self._life, _, stored_ns = cursor.life.partition(" ")
+        self._stored_ns = int(stored_ns or 0)
+        """When the stream got the message at our position, 0 when unknown: another one there is of another history."""
         self._caught_up_at = 0
         self._batch = max(1, min(_BATCH, config.pending_max_messages // _PULLS))
         self._max_bytes = max(1, config.pending_max_bytes // _PULLS)
@@ -156,9 +159,12 @@ class JetStreamBus(NatsBus):
         first, last = max(1, info.state.first_seq), info.state.last_seq
         if lost := self._lost(info, first, last):
             self.outlet.add(lambda: self.bus.lost(lost))
-        if info.created != self._life or self._position < first - 1:
+        position = self._position
+        if info.created != self._life or position < first - 1:
             self._position = first - 1
         self._position = min(self._position, max(last, first - 1))
+        if lost or self._position != position:
+            self._stored_ns = 0
         self._life = info.created
         self._caught_up_at = last
         self._note_pending(max(0, last - self._position))
@@ -188,7 +194,8 @@ class JetStreamBus(NatsBus):
         self.bus.bus.behind = self._position < self._caught_up_at and pending > 0
 
     def _advance(self) -> None:
-        self.outlet.add(lambda: [self.bus.advance(self._position, self._life)])
+        life = f"{self._life} {self._stored_ns}" if self._stored_ns else self._life
+        self.outlet.add(lambda: [self.bus.advance(self._position, life)])
 
     # Messages
 
@@ -203,7 +210,8 @@ class JetStreamBus(NatsBus):
             subscription = await connection.subscribe(
                 f"{pull.inbox}.*", self._receiver(pull), max_messages=0, max_bytes=0, at_once=self._taker(pull)
             )
-            await create_consumer(connection, stream, pull.name, self._position + 1, _INACTIVE_S)
+            start = self._position if self._stored_ns else self._position + 1
+            await create_consumer(connection, stream, pull.name, start, _INACTIVE_S)
             polling = asyncio.create_task(self._poll_for_ever(connection, pull))
             while True:
                 await self._ask_for_more(connection, pull)
@@ -290,6 +298,9 @@ class JetStreamBus(NatsBus):
             return
         pull.count()
         pull.consumer_seq += 1
+        if place.consumer_seq == pull.consumer_seq == 1 and place.stream_seq == self._position:
+            self._compare(place)
+            return
         if place.consumer_seq != pull.consumer_seq or place.stream_seq <= self._position:
             raise _Odd(f"message {place.consumer_seq} of the consumer came as its {pull.consumer_seq}th")
         if place.stream_seq > self._position + 1:
@@ -297,10 +308,17 @@ class JetStreamBus(NatsBus):
             reason = f"messages {first} to {last} of stream {self.config.stream} were gone before they were read"
             self.outlet.add(lambda: self.bus.lost(reason))
         pull.oversize = False
-        self._position = place.stream_seq
+        self._position, self._stored_ns = place.stream_seq, place.stored_ns
         self._note_pending(place.pending)
         if not self.config.subjects or any(matches(pattern, message.subject) for pattern in self.config.subjects):
             self.take(message)
+
+    def _compare(self, place: Place) -> None:
+        """The message at our position comes first again: it must be the one that was read."""
+        if place.stored_ns != self._stored_ns:
+            reason = f"message {place.stream_seq} of stream {self.config.stream} is another than the one that was read"
+            self.outlet.add(lambda: self.bus.lost(f"{reason}: the stream went back"))
+            self._stored_ns = place.stored_ns
 
     def _note_status(self, pull: _Pull, message: Message) -> None:
         """The server says something of a request, or of the consumer."""

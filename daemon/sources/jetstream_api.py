@@ -67,11 +67,15 @@ class _Created(_Answer):
 
 
 class Place(NamedTuple):
-    """Where a message stands: in its stream, among those of its consumer, and how many more there are for it."""
+    """Where a message stands: in its stream, among those of its consumer, and how many more there are for it.
+
+    `stored_ns` is when the stream got it, in ns since the Unix epoch.
+    """
 
     stream_seq: int
     consumer_seq: int
     pending: int
+    stored_ns: int
 
 
 def place_of(reply: str) -> Place | None:
@@ -81,7 +85,7 @@ def place_of(reply: str) -> Place | None:
         return None
     at = 5 if len(tokens) < _DOMAIN_TOKENS else 7
     try:
-        return Place(int(tokens[at]), int(tokens[at + 1]), int(tokens[at + 3]))
+        return Place(int(tokens[at]), int(tokens[at + 1]), int(tokens[at + 3]), int(tokens[at + 2]))
     except (ValueError, IndexError):
         return None
 

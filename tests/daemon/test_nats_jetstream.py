@@ -458,6 +458,36 @@ def test_a_stream_that_went_back(current: NatsServer, tmp_path: Path) -> None:
             keeps_up(again, 10)
 
 
+def test_a_stream_that_went_back_and_has_passed_where_it_was(current: NatsServer, tmp_path: Path) -> None:
+    """As before, but there are as many new messages as were lost by the time that anybody looks."""
+    store = tmp_path / "nats" / "n1" / "store"
+    with talking(current.url) as talk:
+        stream(talk)
+        relay, other = Relay(talk, durable=True), Relay(talk, "other", durable=True)
+        other.send(0)
+        current.stop()
+        copy_tree(store, tmp_path / "copy")
+        current.start()
+        relay.send(*range(9))
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.holds(range(9))
+            keeps_up(one, 10)
+        with following(tmp_path, current.url, stream=STREAM) as one:
+            one.is_believed(Trust.FRESH, "other")
+        current.stop()
+        remove_tree(store)
+        copy_tree(tmp_path / "copy", store)
+        current.start()
+        other.send(1)
+        relay.send(*range(9, 20))
+        with following(tmp_path, current.url, stream=STREAM) as again:
+            keeps_up(again, 13)
+            again.is_believed(Trust.UNTRUSTED, "other")
+            assert again.stream("other").reason.startswith(
+                "message 10 of stream KV is another than the one that was read"
+            )
+
+
 # What is refused
 
 
@@ -551,9 +581,9 @@ def stored(relay: Relay, seq: int) -> bool:
 @pytest.mark.parametrize(
     ("reply", "place"),
     [
-        ("$JS.ACK.KV.c.1.7.5.1700000000000000000.3", Place(7, 5, 3)),
-        ("$JS.ACK.hub.ACCHASH.KV.c.1.7.5.1700000000000000000.3", Place(7, 5, 3)),
-        ("$JS.ACK._.ACCHASH.KV.c.1.7.5.1700000000000000000.3.token", Place(7, 5, 3)),
+        ("$JS.ACK.KV.c.1.7.5.1700000000000000000.3", Place(7, 5, 3, 1_700_000_000_000_000_000)),
+        ("$JS.ACK.hub.ACCHASH.KV.c.1.7.5.1700000000000000000.3", Place(7, 5, 3, 1_700_000_000_000_000_000)),
+        ("$JS.ACK._.ACCHASH.KV.c.1.7.5.1700000000000000000.3.token", Place(7, 5, 3, 1_700_000_000_000_000_000)),
         ("", None),
         ("_INBOX.a.b", None),
         ("$JS.ACK.KV.c.1.x.5.1700000000000000000.3", None),
