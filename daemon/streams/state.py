@@ -101,6 +101,7 @@ class Stream:
     def connected(self, now_ms: int) -> list[Verdict]:
         """The live socket has reached the publisher."""
         self._connected = True
+        self._verified = False
         self._gone_at_ms = None
         self.life_at_ms = now_ms
         self._counters.connected = 1
@@ -276,7 +277,7 @@ class Stream:
         elif seq <= self.applied:
             self._counters.restarts += 1
             verdicts.append(self._new_epoch(f"sequence number went back from {self.applied} to {seq}"))
-        elif seq == self.applied + 1 and not self._verified:
+        elif seq == self.applied + 1 and seq > 0 and not self._verified:
             verdicts.append(self._fence(self.applied, "reconnected without a replay socket to prove continuity"))
         if seq > self.applied + 1:
             verdicts += self._fence_before(seq, "messages were missed and there is no replay socket")

@@ -288,6 +288,26 @@ def test_without_a_replay_socket_nothing_is_proven_between_a_connection_and_the_
     assert not s.proven
 
 
+def test_a_connection_made_before_the_former_one_is_lost_proves_nothing_either() -> None:
+    """An engine that connects to us was restarted, and its old connection has not timed out yet."""
+    s = stream(cursor(42), replay=False)
+    s.connected(0)
+    s.live(43, body(43), 1)
+    s.connected(2)
+    assert not s.proven
+    assert kinds(s.live(44, body(44, "b"), 3)) == ["Fence", "Apply"]
+
+
+def test_without_a_replay_socket_the_first_message_after_the_lease_begins_a_life() -> None:
+    s = Stream(StreamLimits(replay=False, lease_ms=1_000), IntakeCounters())
+    s.connected(0)
+    s.live(0, body(0), 1)
+    s.disconnected(2)
+    assert kinds(s.tick(2_000)) == ["NewEpoch"]
+    s.connected(3_000)
+    assert s.live(0, body(0, "b"), 3_001) == [Apply(0, [body(0, "b")])]
+
+
 def test_who_has_never_said_anything_has_been_missed_by_nobody() -> None:
     s = stream(replay=False)
     s.connected(0)
