@@ -120,8 +120,8 @@ def _listen(context: ZmqContext, options: ZmqOptions, seconds: float, receive: R
                     publishers += 1
                     connected_ms = connected_ms or max(1, round((time.monotonic() - began) * 1000))
                     live.connected(now)
-                else:
-                    problem = _lost(options, failed, publishers) or problem
+                elif change is Change.LOST or not publishers:
+                    problem = _lost(options, failed, publishers)
                     live.disconnected(now)
             if 0 < live.reopen_at_ms <= now:
                 live.reopen()

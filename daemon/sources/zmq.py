@@ -218,16 +218,20 @@ class ZmqIntake(threading.Thread):
         """Connections before messages: the first message of a new connection must find its stream told.
 
         Without a replay socket nothing can be fetched again, so what the lost connection still brought comes first.
+        With one it is dropped: read later, it would look like a sign of life of an engine that is gone.
         """
         for change, failed in link.changes():
             if change is Change.MADE:
                 link.complain_at_ms = None
                 link.connected(now)
                 self._carry_out(link, link.stream.state.connected(now))
-            else:
-                if failed:
-                    self._note_failed_handshake(link, failed)
-                if not link.options.replay_endpoint:
+                continue
+            if failed:
+                self._note_failed_handshake(link, failed)
+            if change is Change.LOST:
+                if link.options.replay_endpoint:
+                    link.drop_received()
+                else:
                     self._read_live(link, now, most=link.options.receive_hwm)
                 link.disconnected(now)
                 self._carry_out(link, link.stream.state.disconnected(now))

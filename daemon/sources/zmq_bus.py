@@ -31,9 +31,10 @@ class BusLink(LiveSocket):
             if change is Change.MADE:
                 self.connected(now)
                 self.bus.connection_made()
-            else:
-                if failed:
-                    self.bus.fail(f"{self.options.endpoint}: the handshake failed: {failed}")
+                continue
+            if failed and not (change is Change.OTHER and self.bus.connected):
+                self.bus.fail(f"{self.options.endpoint}: the handshake failed: {failed}")
+            if change is Change.LOST:
                 self.disconnected(now)
                 self.bus.connection_lost()
         if 0 < self.reopen_at_ms <= now:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from enum import Enum
 from functools import reduce
 from operator import or_
@@ -23,7 +24,7 @@ _HANDSHAKE_FAILED: dict[int, str] = {
     zmq.Event.HANDSHAKE_FAILED_AUTH: "the other side refuses our key",
 }
 _AT_ONCE = int(zmq.NOBLOCK)
-_MONITORED = reduce(or_, _HANDSHAKE_FAILED, zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED)
+_MONITORED = reduce(or_, _HANDSHAKE_FAILED, zmq.Event.ACCEPTED | zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED)
 
 
 class ZmqOptions(msgspec.Struct, frozen=True):
@@ -91,6 +92,8 @@ class Change(Enum):
 
     MADE = "made"
     LOST = "lost"
+    OTHER = "other"
+    """To a socket that binds: another one than the publisher's failed or ended."""
 
 
 class LiveSocket:
@@ -104,17 +107,30 @@ class LiveSocket:
         self._curve = curve_of(options)
         self.live, self.monitor = self._open_live()
         self.reopen_at_ms = 0
+        self._accepted: dict[int, bool] = {}
+        """The connections of a socket that binds, by file descriptor, and whether each may be a publisher's."""
         self._connected_at_ms = 0
         self._wait_ms = options.reconnect_min_ms
 
     def changes(self) -> Iterator[tuple[Change, str]]:
-        """What happened to the connection, in order; with the reason of a failed handshake, "" otherwise."""
+        """What happened to the connection, in order; with the reason of a failed handshake, "" otherwise.
+
+        Whoever connects to a socket that binds and is no publisher takes nothing away from the one that is. A
+        handshake that succeeds does not say whose it was: it may be that of any connection that is open.
+        """
         while self.monitor.poll(0):
-            event = recv_monitor_message(self.monitor)["event"]
-            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            message = recv_monitor_message(self.monitor)
+            event, descriptor = message["event"], message["value"]
+            if event == zmq.Event.ACCEPTED:
+                self._accepted[descriptor] = False
+            elif event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._accepted = dict.fromkeys(self._accepted, True)
                 yield Change.MADE, ""
             else:
-                yield Change.LOST, _HANDSHAKE_FAILED.get(event, "")
+                ended = event == zmq.Event.DISCONNECTED and self._accepted.pop(descriptor, False)
+                is_last = ended and not any(self._accepted.values())
+                lost = is_last or not self.options.bind
+                yield Change.LOST if lost else Change.OTHER, _HANDSHAKE_FAILED.get(event, "")
 
     def _open_live(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         live = self.socket(zmq.SUB)
@@ -150,6 +166,12 @@ class LiveSocket:
         least, most = self.options.reconnect_min_ms, self.options.reconnect_max_ms
         self._wait_ms = least if lasted_ms > most else min(most, 2 * self._wait_ms)
         self.reopen_at_ms = now + self._wait_ms
+
+    def drop_received(self) -> None:
+        """Throw away what was received and not read."""
+        with suppress(zmq.Again):
+            for _ in range(self.options.receive_hwm):
+                receive(self.live)
 
     def reopen(self) -> None:
         """Connect anew, with a new socket."""

@@ -47,7 +47,7 @@ def _turn(live: list[LiveSocket], inbox: Inbox, note: Callable[[str], None]) -> 
             if change is Change.MADE:
                 note(f"connected to {endpoint}")
                 one.connected(now)
-            else:
+            elif change is Change.LOST or failed:
                 note(f"{endpoint}: {failed or 'the connection is lost'}; trying again")
                 one.disconnected(now)
         if 0 < one.reopen_at_ms <= now:
