@@ -60,11 +60,16 @@ def load_config(path: Path | None, environ: Mapping[str, str], overrides: Mappin
     """
     text = _read(path) if path is not None else ""
     table = _parse(text, path)
-    _convert(table, lambda key, reason: _in_file(text, path, key, reason), strict=True)
     from_environment = _environment_overrides(environ)
     layers: dict[str, object] = {key: value for key, (_, value) in from_environment.items()} | dict(overrides or {})
-    if not layers:
-        return _convert(table, lambda key, reason: _in_file(text, path, key, reason), strict=True)
+    try:
+        config = _convert(table, lambda key, reason: _in_file(text, path, key, reason), strict=True)
+    except ConfigError as error:
+        if not layers or not _is_of_value(error):
+            raise
+    else:
+        if not layers:
+            return config
     for key, value in layers.items():
         _put(table, key, value)
 
@@ -175,6 +180,11 @@ def _convert(table: dict[str, Any], located: Any, *, strict: bool) -> Config:
         return msgspec.convert(table, Config, strict=strict)
     except msgspec.ValidationError as error:
         raise located(*_key_and_reason(error)) from error
+
+
+def _is_of_value(error: ConfigError) -> bool:
+    """Whether the types are right: what overrides the value, or one that it does not go with, may mend it."""
+    return error.__cause__ is not None and isinstance(error.__cause__.__cause__, InvalidValue)
 
 
 def _key_and_reason(error: msgspec.ValidationError) -> tuple[str, str]:

@@ -138,6 +138,19 @@ def test_flags_override_the_environment(file: Path) -> None:
     assert config.log.level is LogLevel.DEBUG
 
 
+def test_what_is_overridden_need_not_be_usable(file: Path) -> None:
+    file.write_text("backend = 'gone'\n[http]\ntoken_file = '/nowhere'\n")
+    environ = {"KVCENSUS__HTTP__TOKEN_FILE": ""}
+    assert load_config(file, environ, {"backend": "memory"}).http.token_file == ""
+    with pytest.raises(ConfigError, match=r"toml:1: backend: there is no backend gone"):
+        load_config(file, environ)
+    with pytest.raises(ConfigError, match=r"toml:3: http.token_file: /nowhere: No such file"):
+        load_config(file, {"KVCENSUS__LOG__LEVEL": "debug"}, {"backend": "memory"})
+    file.write_text("[writer]\ncommit_max_ms = '7'\n")
+    with pytest.raises(ConfigError, match=r"toml:2: writer.commit_max_ms: Expected `int`, got `str`"):
+        load_config(file, environ)
+
+
 def test_the_variables_of_a_kubernetes_service_mean_nothing() -> None:
     environ = {"KVCENSUS_PORT": "tcp://10.0.0.1:9480", "KVCENSUS_SERVICE_HOST": "10.0.0.1", "PATH": "/bin"}
     assert load_config(None, environ) == Config()
