@@ -159,6 +159,8 @@ def _environment_overrides(environ: Mapping[str, str]) -> dict[str, tuple[str, s
     for variable, value in sorted(environ.items()):
         if not variable.startswith(ENVIRONMENT_PREFIX):
             continue
+        if value != value.encode(errors="replace").decode():
+            raise ConfigError("environment", None, variable, "is not UTF-8")
         parts = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
         if parts[0] == "sources":
             raise ConfigError("environment", None, variable, "sources cannot be set here; use a file or --engine")

@@ -165,6 +165,7 @@ def test_the_variables_of_a_kubernetes_service_mean_nothing() -> None:
         ("KVCENSUS__BACKEND", "disk", "there is no backend disk; there are "),
         ("KVCENSUS__HTTP__LISTNE", "", "unknown key; did you mean listen?"),
         ("KVCENSUS__COLOUR", "red", "unknown key"),
+        ("KVCENSUS__DATA_DIR", "/data/\udcff", "is not UTF-8"),
         ("KVCENSUS__HTTP", "x", "not KVCENSUS__KEY or KVCENSUS__SECTION__KEY"),
         ("KVCENSUS__HTTP__", "x", "not KVCENSUS__KEY or KVCENSUS__SECTION__KEY"),
         ("KVCENSUS__NOWHERE__KEY", "x", "not KVCENSUS__KEY or KVCENSUS__SECTION__KEY"),
