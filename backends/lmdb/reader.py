@@ -22,6 +22,7 @@ from ..model import (
     IdentityScope,
     WorkerMatch,
 )
+from ..ownership import lost_in_machine_crash
 from .catalog import PlaceCache, ScopeNames, Tables
 from .checks import UNDECODABLE, corrupt
 from .files import DAMAGE, INDEX_FILE, open_reader, pid_clash
@@ -59,7 +60,15 @@ class LmdbReader:
 
     @classmethod
     def open(cls, directory: Path) -> LmdbReader:
-        """Open the index in a daemon's data directory. Raises BackendFormat, BackendCorrupt, BackendError."""
+        """Open the index in a daemon's data directory. Raises BackendFormat, BackendCorrupt, BackendError.
+
+        What the next writer will discard is not read either.
+        """
+        if lost_in_machine_crash(directory):
+            raise BackendError(
+                f"{directory / INDEX_FILE}: the machine went down while it was written without syncing: "
+                "it is not to be believed"
+            )
         return cls(*open_reader(directory / INDEX_FILE))
 
     def close(self) -> None:

@@ -416,11 +416,16 @@ def test_copied_to_a_server_and_back(tmp_path: Path) -> None:
     assert "on a server" in refused.stderr
 
 
-def test_what_a_machine_crash_made_worthless_is_not_backed_up(tmp_path: Path) -> None:
-    source = make("filesystem", tmp_path / "a")
+@pytest.mark.parametrize(
+    ("command", "name", "noted_in"), [("backup", "filesystem", "journal"), ("backup", "lmdb", ""), ("copy", "lmdb", "")]
+)
+def test_what_a_machine_crash_made_worthless_is_not_taken_for_an_index(
+    command: str, name: str, noted_in: str, tmp_path: Path
+) -> None:
+    source = make(name, tmp_path / "a")
     boot = json.dumps({"boot_id": "another", "durability": "process", "clean": False})
-    (tmp_path / "a" / "journal" / "boot.json").write_text(boot)
-    ended = kvcensus("backup", source, tmp_path / "b")
+    (tmp_path / "a" / noted_in / "boot.json").write_text(boot)
+    ended = kvcensus(command, source, tmp_path / "b" if command == "backup" else f"{name}:{tmp_path / 'b'}")
     assert ended.returncode == 69
     assert "not to be believed" in ended.stderr
     assert not list(tmp_path.glob("*b*"))
