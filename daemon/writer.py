@@ -213,12 +213,12 @@ class Writer(threading.Thread):
         if together is not None and together.translation.rank == progress.rank:
             self._take(stream, progress, together.translation)
             progress.engine_ms += together.times_ms
+            progress.messages += len(payloads)
         else:
             for seq, payload in enumerate(payloads, message.seq):
                 self._apply_one(stream, progress, seq, payload)
         progress.seq = message.after - 1
         progress.payload = payloads[-1]
-        progress.messages += len(payloads)
         stream.applied.messages += len(payloads)
         self._blocks += len(payloads)
 
@@ -228,6 +228,7 @@ class Writer(threading.Thread):
         if translation.rank != progress.rank or not progress.worker_id or translation.rejections:
             self._check_rank(stream, progress, translation, payload)
         self._take(stream, progress, translation)
+        progress.messages += 1
         if translation.engine_ms:
             progress.engine_ms.append(translation.engine_ms)
         for rejection in translation.rejections:
@@ -252,11 +253,12 @@ class Writer(threading.Thread):
         self._operations += operations
 
     def _check_rank(self, stream: Followed, progress: Progress, translation: Translation, payload: bytes) -> None:
-        """A stream is of one rank: the configured one, or that of its first message."""
+        """A stream is of one rank: the configured one, or that of the first message of a life."""
         if not translation.operations and any(rejection.event is None for rejection in translation.rejections):
             return
         rank = translation.rank
-        if not progress.worker_id and (stream.rank is None or rank == stream.rank):
+        is_open = not progress.worker_id or (stream.rank is None and not progress.messages)
+        if is_open and (stream.rank is None or rank == stream.rank):
             progress.rank = rank
             progress.worker_id = worker_id_of(stream.worker, rank)
         expected = stream.rank if stream.rank is not None else progress.rank

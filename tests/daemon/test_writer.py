@@ -112,6 +112,17 @@ def test_a_worker_that_comes_back_in_the_batch_in_which_it_left_is_kept() -> Non
     assert backend.cursors() == {"w": back.cursor}
 
 
+def test_the_rank_is_that_of_the_first_message_of_a_life() -> None:
+    backend, stream = MemoryBackend(), followed()
+    run(backend, stream, NewEpoch(1, "first"), Apply(0, [payload(stored(1), rank=None)]))
+    assert stream.cursor.worker_id == "w"
+    upgraded = [payload(stored(2), rank=0), payload(stored(3), rank=None)]
+    run(backend, stream, NewEpoch(2, "restart"), Apply(0, upgraded))
+    assert (stream.cursor.worker_id, stream.cursor.rank, stream.cursor.messages) == ("w/0", 0, 2)
+    assert [(one.worker_id, one.key.block_hash[-1]) for one in backend.snapshot()] == [("w/0", 2)]
+    assert "data-parallel rank is None, this stream's is 0" in stream.cursor.reason
+
+
 class ForgetsNothing(MemoryBackend):
     """The process ends, or there is no room, before a cursor is dropped."""
 
