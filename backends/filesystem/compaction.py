@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import BackendCorrupt, BackendError
+from .journal import draft_path
 
 CORRUPT = 65
 """What the process exits with when it finds damage. The text is on its stderr."""
@@ -25,6 +27,7 @@ class Compaction:
     def __init__(self, directory: Path, sequence: int) -> None:
         """Raises OSError when no process can be started."""
         self.sequence = sequence
+        self._directory = directory
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _PROGRAM, str(directory), str(sequence), str(os.getpid())],
             stdin=subprocess.DEVNULL,
@@ -38,7 +41,7 @@ class Compaction:
         code = self._process.poll()
         if code is None:
             return False
-        said = self._said()
+        said = self._ended()
         if code == CORRUPT:
             raise BackendCorrupt(said)
         if code:
@@ -48,7 +51,11 @@ class Compaction:
     def stop(self) -> None:
         """End it. What it has written so far is of no use."""
         self._process.kill()
-        self._said()
+        self._ended()
 
-    def _said(self) -> str:
-        return self._process.communicate()[1].decode(errors="replace").strip()
+    def _ended(self) -> str:
+        """What it said. A process that was killed has left its draft."""
+        said = self._process.communicate()[1].decode(errors="replace").strip()
+        with suppress(OSError):
+            draft_path(self._directory, self.sequence, self._process.pid).unlink(missing_ok=True)
+        return said

@@ -49,6 +49,11 @@ def snapshot_path(directory: Path, sequence: int) -> Path:
     return directory / f"snapshot-{sequence:016d}.kvs"
 
 
+def draft_path(directory: Path, sequence: int, process: int) -> Path:
+    """The snapshot that a process is writing."""
+    return snapshot_path(directory, sequence).with_suffix(f".{process}.tmp")
+
+
 def numbered(directory: Path, pattern: str) -> list[tuple[int, Path]]:
     """The files of a kind by their number, lowest first."""
     names = [(path.stem.rpartition("-")[2], path) for path in directory.glob(pattern)]
@@ -285,7 +290,7 @@ def write_snapshot(
     Raises OSError, and whatever `between`, which is called between records.
     """
     path = snapshot_path(directory, sequence)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft = draft_path(directory, sequence, os.getpid())
     size = 0
     try:
         with open(draft, "wb", _WRITE_BYTES, opener=_private) as file:

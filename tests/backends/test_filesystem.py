@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -361,6 +362,27 @@ def test_drafts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     draft.write_bytes(b"half")
     FilesystemBackend(tmp_path).close()
     assert not draft.exists()
+
+
+@pytest.mark.parametrize("ending", ["killed by the system", "closed"])
+def test_what_a_process_that_made_a_snapshot_left_goes_with_it(ending: str, tmp_path: Path) -> None:
+    """Where there is not enough memory for one, none of the tries may leave half of one on the disk."""
+    backend = FilesystemBackend(tmp_path, snapshot_after_bytes=1)
+    backend.apply([store(A)])
+    assert backend._compaction is not None
+    process = backend._compaction._process
+    process.send_signal(signal.SIGSTOP)
+    draft = folder(tmp_path) / f"snapshot-{backend._compaction.sequence:016d}.{process.pid}.tmp"
+    draft.write_bytes(b"half")
+
+    if ending == "closed":
+        backend.close()
+        assert not draft.exists()
+        return
+    process.kill()
+    eventually(lambda: backend.reclaim(1) or bool(backend.snapshot_problem))
+    assert not draft.exists()
+    backend.close()
 
 
 # what goes wrong in a call
