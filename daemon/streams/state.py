@@ -182,6 +182,7 @@ class Stream:
                     return self._another_life("the engine's message of the last applied number is another one", now_ms)
                 self._verified = True
                 return []
+            self._verified = False
             return self._hole(seq, payload, now_ms)
         if seq <= self.applied:
             self._counters.duplicates += 1
@@ -306,7 +307,7 @@ class Stream:
             return self._ask(now_ms)
         self._attempts = 0
         verdicts: list[Verdict] = []
-        if self._limits.tolerate_holes and self._verified:
+        if self._limits.tolerate_holes and self._verified and self.applied >= 0:
             self._counters.unrecovered += seq - 1 - self.applied
         else:
             verdicts += self._fence_before(seq, "the engine's replay has a hole")

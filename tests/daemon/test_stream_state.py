@@ -359,6 +359,24 @@ def test_a_number_that_was_never_published_can_be_tolerated() -> None:
     assert counters.unrecovered == 1
 
 
+def test_what_a_replay_does_not_reach_back_to_is_not_tolerated() -> None:
+    """The last applied message is not among the answers: the ring has gone on, and what it lost was published."""
+    s = Stream(StreamLimits(replay_attempts=1, tolerate_holes=True), IntakeCounters())
+    s.connected(0)
+    s.replayed(0, body(0), 1)
+    s.replay_ended(1)
+    assert s.live(5, body(5), 2) == [AskReplay(0)]
+    assert kinds(s.replayed(3, body(3), 3)) == ["Fence", "Apply"]
+
+
+def test_a_hole_before_the_first_message_of_a_life_is_not_tolerated() -> None:
+    s = Stream(StreamLimits(replay_attempts=1, tolerate_holes=True), IntakeCounters())
+    s.connected(0)
+    s.replay_ended(1)
+    assert s.live(4, body(4), 2) == [AskReplay(0)]
+    assert kinds(s.replayed(2, body(2), 3)) == ["Fence", "Apply"]
+
+
 def test_an_answer_or_a_message_is_a_sign_of_life() -> None:
     s = followed(1)
     s.tick(20_000)
