@@ -113,7 +113,7 @@ class RecordFile:
             return self._torn(at)
         length, check = _RECORD.unpack_from(head)
         if _CHECK.unpack_from(head, _RECORD.size)[0] != _head_check(head[: _RECORD.size], number):
-            if not any(head) and self._only_zeros_follow():
+            if self._only_zeros_follow():
                 return self._torn(at)
             raise corrupt(self.path, f"the head of record {number} at byte {at} does not fit its checksum")
         end = at + RECORD_HEAD_BYTES + length

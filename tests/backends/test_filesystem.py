@@ -111,7 +111,7 @@ def test_wherever_the_journal_ends_the_whole_records_count_and_the_rest_is_cut(t
         assert content(index) == states[max(0, len(whole) - 1)]
 
 
-@pytest.mark.parametrize("torn", [b"\x01", b"\0" * 11, b"\0" * 5000])
+@pytest.mark.parametrize("torn", [b"\x01", b"\0" * 11, b"\0" * 5000, b"\x09\0\0\0\xff" + b"\0" * 4096])
 def test_an_unfinished_record_is_cut_at_opening_and_the_bytes_are_said(tmp_path: Path, torn: bytes) -> None:
     path = filled(tmp_path)
     before = path.read_bytes()
