@@ -80,9 +80,11 @@ class RecordFile:
 
     def _read_head(self, magic: bytes) -> None:
         head = self._file.read(FILE_HEAD_BYTES)
-        if len(head) < FILE_HEAD_BYTES or not any(head):
+        if len(head) < FILE_HEAD_BYTES or (not any(head) and self._only_zeros_follow()):
             self._torn(0)
             return
+        if not any(head):
+            raise corrupt(self.path, "its head is gone")
         found, schema, history, sequence = _FILE_HEAD.unpack_from(head)
         if found != magic:
             raise BackendFormat(f"{self.path} is not of kvcensus: it begins with {found!r}; it was left as it is")

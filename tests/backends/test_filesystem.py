@@ -111,6 +111,14 @@ def test_wherever_the_journal_ends_the_whole_records_count_and_the_rest_is_cut(t
         assert content(index) == states[max(0, len(whole) - 1)]
 
 
+def test_zeros_in_place_of_a_head_that_records_follow_are_damage(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(bytes(framing.FILE_HEAD_BYTES) + data[framing.FILE_HEAD_BYTES :])
+    with pytest.raises(BackendCorrupt, match="its head is gone"):
+        FilesystemBackend(tmp_path)
+
+
 @pytest.mark.parametrize("torn", [b"\x01", b"\0" * 11, b"\0" * 5000, b"\x09\0\0\0\xff" + b"\0" * 4096])
 def test_an_unfinished_record_is_cut_at_opening_and_the_bytes_are_said(tmp_path: Path, torn: bytes) -> None:
     path = filled(tmp_path)
