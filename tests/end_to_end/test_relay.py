@@ -375,6 +375,7 @@ def test_who_cannot_publish_gives_no_sign_of_life(tmp_path: Path, server: NatsSe
             wait_until(lambda: bool(beats) and beats[-1].seq == 9, "a sign of life")
             engine.publish(10)
             wait_until(lambda: "maximum messages exceeded" in "".join(relaying.problems()), "the stream is full")
+            wait_until(lambda: beats[-1].control is Control.GONE, "those of before have come")
             before = len(beats)
             wait_until(lambda: len(beats) > before + 3, "further signs")
             assert {beat.control for beat in beats[before + 1 :]} == {Control.GONE}
