@@ -66,6 +66,8 @@ class Followed:
         self.translator = translator
         self.intake = intake
         self.applied = AppliedCounters()
+        self.left = False
+        """Whether it is followed no more, and that is committed. Set by the writer."""
         self.cursor = cursor or Cursor(stream=stream, epoch=0, seq=-1, source=source, rank=rank)
         self.keeps_fenced = keeps_fenced
         self._view = view

@@ -319,6 +319,8 @@ class Writer(threading.Thread):
             stream.cursor = cursor
             lags = [max(0.0, committed_s - engine_ms / 1000) for engine_ms in self._progress[stream].engine_ms]
             stream.applied.lag_s.observe_all(lags)
+        for stream in self._retired:
+            stream.left = True
         for barrier in self._barriers:
             barrier.committed.set()
         if self._shadow is not None:

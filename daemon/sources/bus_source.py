@@ -63,6 +63,8 @@ class BusSource:
         """Messages that wait in the client (core NATS)."""
         self.was_connected = False
         self._workers: dict[str, Followed] = {}
+        self._leaving: dict[str, Followed] = {}
+        """Workers that were dropped. Until that is committed nobody else may follow them: it would be dropped, too."""
         self._made_for: dict[str, tuple[str, str]] = {}
         self._muffled_until_ms = 0
         self.position = Followed(
@@ -166,6 +168,9 @@ class BusSource:
 
     def tick(self) -> list[Item]:
         """Time has passed: leases, and the states that are shown."""
+        for key in [key for key, followed in self._leaving.items() if followed.left]:
+            del self._leaving[key]
+            self._claims.release(key, self.name)
         items = self._items(self.bus.tick(monotonic_ms()))
         self._note_states()
         return items
@@ -176,15 +181,12 @@ class BusSource:
 
     def retire(self) -> list[Item]:
         """The bus is no longer followed: neither are its workers."""
-        streams: list[Followed] = [*self._workers.values(), self.position]
-        for key in self._workers:
-            self._claims.release(key, self.name)
-        return [(stream, Retire()) for stream in streams]
+        return [(stream, Retire()) for stream in (*self._workers.values(), self.position)]
 
     def close(self) -> None:
-        """Somebody else may follow its workers."""
+        """Somebody else may follow its workers. What it brought is committed."""
         self._claims.release(self.settings.cursor, self.settings.cursor)
-        for key in self._workers:
+        for key in (*self._workers, *self._leaving):
             self._claims.release(key, self.name)
 
     def _note_states(self) -> None:
@@ -199,6 +201,7 @@ class BusSource:
             detail = f"{self._claims.owner(key)} already follows a worker of this name; see worker_prefix"
             self._complain("worker_refused", worker=key, detail=detail)
             return False
+        self._leaving.pop(key, None)
         self._workers[key] = self._follow(key, delivery.worker, delivery.rank, life, None)
         log.info("worker_joined", bus=self.name, worker=key)
         return True
@@ -245,9 +248,8 @@ class BusSource:
             if isinstance(verdict, Apply):
                 continue
             if isinstance(verdict, Retire):
-                del self._workers[key]
+                self._leaving[key] = self._workers.pop(key)
                 self._made_for.pop(key, None)
-                self._claims.release(key, self.name)
             _report(self.name, key, verdict)
         return items
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcensus.backends.memory import MemoryBackend
 from kvcensus.daemon.claims import Claims
 from kvcensus.daemon.config import NatsConfig, NatsServers, SourceType
-from kvcensus.daemon.frame_queue import FrameQueue, Item
+from kvcensus.daemon.frame_queue import Burst, FrameQueue, Item
 from kvcensus.daemon.relay.convention import EVENTS_PREFIX, Address, address_headers, numbered, subject_of
 from kvcensus.daemon.service import _bus_settings
 from kvcensus.daemon.sources import bus_source
@@ -21,7 +22,8 @@ from kvcensus.daemon.sources.nats_bus import Arrived, NatsBus
 from kvcensus.daemon.sources.nats_headers import Headers
 from kvcensus.daemon.sources.opening import open_message
 from kvcensus.daemon.streams.delivery import Control
-from kvcensus.daemon.streams.verdicts import Apply
+from kvcensus.daemon.streams.verdicts import Apply, Retire
+from kvcensus.daemon.writer import Writer, WriterOptions
 
 CONFIG = NatsConfig(name="bus", type=SourceType.VLLM, connection=NatsServers(servers=("nats://none",)), lease_ms=100)
 
@@ -117,3 +119,33 @@ def test_no_worker_has_the_name_of_a_place_in_a_stream(worker: str) -> None:
         one = message(named, "r", "", 1, 0, Control.NONE)
         bus.take(open_message(SourceType.VLLM, "", one.subject, one.headers, one.data), one.data)
     assert [followed.stream for followed in bus.workers()] == ["w"]
+
+
+def test_a_worker_goes_to_another_bus_when_what_drops_it_here_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(bus: BusSource) -> list[Item]:
+        one = message("w", "r", "", 1, 0, Control.NONE)
+        return bus.take(open_message(SourceType.VLLM, "", one.subject, one.headers, one.data), one.data)
+
+    now_ms, claims = 0, Claims()
+    monkeypatch.setattr(bus_source, "monotonic_ms", lambda: now_ms)
+    silent = msgspec.structs.replace(CONFIG, silent_lease_ms=100)
+    here, there, nowhere = (
+        BusSource(_bus_settings(msgspec.structs.replace(silent, name=name)), [], claims) for name in ("a", "b", "c")
+    )
+    here.connection_made()
+    assert first(here)
+    now_ms = 101
+    dropped = here.tick()
+    assert [what for _, what in dropped] == [Retire()]
+    here.tick()
+    assert first(there) == []
+    queue = FrameQueue(100, 100)
+    queue.put(Burst(dropped))
+    queue.close()
+    Writer(MemoryBackend(), queue, WriterOptions()).run()
+    here.tick()
+    assert first(there)
+    assert there.retire()
+    assert first(nowhere) == []
+    there.close()
+    assert first(nowhere)
