@@ -17,7 +17,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from ..config import HttpConfig
 from ..counters import HttpCounters, HttpRefusal
-from ..credentials import CredentialError, read_tokens, server_tls, versions
+from ..credentials import CredentialError, read_secret, read_tokens, server_tls, versions
 from ..logs import get_logger
 from .answers import JSON, RequestRefused
 from .bodies import ErrorAnswer, ErrorDetail
@@ -144,6 +144,9 @@ class GuardedSite(web.BaseSite):
     ) -> None:
         """Raises CredentialError."""
         tls = config.tls_files()
+        self._authorities = _authorities(tls)
+        self._distrusts = False
+        """Whether who was let in before may not be let in any more."""
         self._newest = server_tls(*tls) if tls else None
         super().__init__(runner, ssl_context=self._newest, backlog=_BACKLOG)
         if self._newest is not None:
@@ -219,16 +222,23 @@ class GuardedSite(web.BaseSite):
 
     def _renew(self) -> None:
         if self._tls:
+            authorities = _authorities(self._tls)
             self._newest = server_tls(*self._tls)
+            self._distrusts = self._distrusts or authorities != self._authorities
             log.info("certificate_read", file=self._tls[0])
 
     def _with_newest(self, connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> int | None:
         """For each client, with a name or without. To a context that is in use authorities can only be added."""
         assert self._newest is not None
-        if connection.session_reused and self._newest is not first and first.verify_mode is ssl.CERT_REQUIRED:
-            return ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE  # it may be of a client that is not let in any more
+        if connection.session_reused and self._distrusts:
+            return ssl.ALERT_DESCRIPTION_HANDSHAKE_FAILURE
         connection.context = self._newest
         return None
+
+
+def _authorities(tls: tuple[str, str, str] | None) -> bytes:
+    """What the file of the clients' authorities says, b"" without one. Raises CredentialError."""
+    return read_secret(tls[2]) if tls and tls[2] else b""
 
 
 class _PeerNonsense(logging.Filter):

@@ -267,6 +267,23 @@ def test_a_renewed_certificate_is_taken_up_while_the_tokens_cannot_be_read(view:
         wait_until(lambda: "renewed" in subject(client, trusting(ca)))
 
 
+def session_of(client: Client, context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+    """The session of a client that was let in, None for one that was not."""
+    with (
+        suppress(ssl.SSLError, ConnectionError),
+        client.socket() as plain,
+        context.wrap_socket(plain, server_hostname=client.host, session=session) as connection,
+    ):
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        found = connection.session if connection.recv(12) == b"HTTP/1.1 200" else None
+        while connection.recv(4096):
+            pass
+        with suppress(OSError):
+            connection.unwrap()  # without an end of TLS a session is not resumed
+        return found
+    return None
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_an_authority_that_was_taken_away_lets_nobody_in(view: View, tmp_path: Path, version: ssl.TLSVersion) -> None:
     ca = authority(tmp_path)
@@ -279,25 +296,31 @@ def test_an_authority_that_was_taken_away_lets_nobody_in(view: View, tmp_path: P
     authorities.write_text(ca.certificate.read_text() + leaving_ca.certificate.read_text())
     config = with_tls(signed(tmp_path, "server", ca), tls_client_ca=str(authorities))
 
-    def session_of(context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
-        """The session of a client that was let in, None for one that was not."""
-        with (
-            suppress(ssl.SSLError, ConnectionError),
-            client.socket() as plain,
-            context.wrap_socket(plain, server_hostname=client.host, session=session) as connection,
-        ):
-            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
-            return connection.session if connection.recv(12) == b"HTTP/1.1 200" else None
-        return None
-
     with serving(view, config) as client:
-        session = session_of(leaving)
+        session = session_of(client, leaving)
         assert session
-        assert session_of(staying)
+        assert session_of(client, staying)
         authorities.write_text(ca.certificate.read_text())
-        wait_until(lambda: not session_of(leaving))
-        assert not session_of(leaving, session), "it was resumed"
-        assert session_of(staying)
+        wait_until(lambda: not session_of(client, leaving))
+        assert not session_of(client, leaving, session), "it was resumed"
+        assert session_of(client, staying)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_outlives_the_certificate_of_the_server(view: View, tmp_path: Path, version: ssl.TLSVersion) -> None:
+    """A proxy may go on with the session that it has, whatever becomes of it."""
+    ca = authority(tmp_path)
+    server = signed(tmp_path, "server", ca)
+    context = trusting(ca, signed(tmp_path, "proxy", ca))
+    context.maximum_version = version
+    with serving(view, with_tls(server, tls_client_ca=str(ca.certificate))) as client:
+        session = session_of(client, context)
+        assert session
+        newer = signed(tmp_path, "renewed", ca)
+        newer.key.replace(server.key)
+        newer.certificate.replace(server.certificate)
+        wait_until(lambda: "renewed" in subject(client, context))
+        assert session_of(client, context, session)
 
 
 def test_what_is_wrong_with_files_of_tls_is_said(tmp_path: Path) -> None:
