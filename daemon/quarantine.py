@@ -26,6 +26,7 @@ from kvcensus.translators.translation import Rejection
 
 from .counters import DropCause, QuarantineCounters
 from .logs import get_logger
+from .top.words import printable
 
 if TYPE_CHECKING:
     from .followed import Followed
@@ -138,7 +139,7 @@ class Quarantine:
     ) -> None:
         """Take what was refused of a message; `flush` writes it. Over the limit of a frame it is cut."""
         raw = payload if rejection.event is None else rejection.raw
-        field, detail = printable(rejection.field), printable(rejection.detail)
+        field, detail = (printable(words[:_TEXT_MAX]) for words in (rejection.field, rejection.detail))
         entry = Entry(
             at_ms=time.time_ns() // 1_000_000,
             source=stream.source,
@@ -396,10 +397,3 @@ def _delete(connection: sqlite3.Connection, found: Iterable[tuple[int, int]]) ->
     doomed = list(found)
     connection.executemany("DELETE FROM entry WHERE id = ?", [(one,) for one, _ in doomed])
     return len(doomed), sum(cost for _, cost in doomed)
-
-
-def printable(text: str) -> str:
-    """A peer's words may stand in it: at most so long, without control characters, and valid UTF-8."""
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text[:_TEXT_MAX]
-    )
