@@ -45,6 +45,7 @@ NOT_REACHED_YET = "not reached yet"
 log = get_logger("service")
 
 _LOOK_S = 0.2
+_LONG_S = 10.0
 
 
 class Service:
@@ -216,9 +217,13 @@ class Service:
 
     def _await(self, committed: threading.Event, ended: Callable[[], bool]) -> bool:
         """Wait for a barrier. False when the end comes first: a store without room may take long."""
+        began_s, told = time.monotonic(), False
         while not committed.wait(_LOOK_S):
             if ended() or self.failure() is not None:
                 return False
+            if not told and time.monotonic() - began_s > _LONG_S:
+                told = True
+                log.warning("reload_waits", detail="until what was received of the changed sources is committed")
         return True
 
     def stop(self, deadline_s: float) -> bool:

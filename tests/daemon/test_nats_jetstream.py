@@ -10,7 +10,9 @@ from shutil import rmtree as remove_tree
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
+from kvcensus.daemon import service
 from kvcensus.daemon.config import SourceType
 from kvcensus.daemon.sources.jetstream_api import Place, place_of
 from kvcensus.daemon.status import StreamState, Trust
@@ -189,11 +191,12 @@ def test_a_bus_that_is_changed_while_the_writer_waits_is_taken_up_when_all_of_it
     current: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[None] = []
+    monkeypatch.setattr(service, "_LONG_S", 0)
     with talking(current.url) as talk, following(tmp_path, current.url, stream=STREAM) as one:
         stream(talk)
         one.lives()
         (bus,) = one.service.buses()
-        with stopped_writer(one, monkeypatch):
+        with stopped_writer(one, monkeypatch), capture_logs() as lines:
             Relay(talk, durable=True).send(*range(50))
             wait_until(lambda: bus.counters.messages == 50, "all are on their way to the writer")
             changed = one.config(stale_after_ms=12_345)
@@ -202,6 +205,7 @@ def test_a_bus_that_is_changed_while_the_writer_waits_is_taken_up_when_all_of_it
             wait_until(lambda: len(looks) >= 3 or not reload.is_alive(), "it waits")
             assert one.service.buses() == []
         reload.join()
+        assert [line["event"] for line in lines].count("reload_waits") == 1
         one.lives()
         one.holds(range(50))
         keeps_up(one, 50)
