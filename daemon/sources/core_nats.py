@@ -84,7 +84,8 @@ class CoreBus(NatsBus):
         with suppress(TimeoutError):
             async with asyncio.timeout(_TICK_S):
                 while True:
-                    await self._arrived.wait()
+                    if not self.outlet.waiting_messages:
+                        await self._arrived.wait()
                     self._arrived.clear()
                     await self.outlet.flush()
         self.tick()
