@@ -16,7 +16,7 @@ import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from .config import LogFormat, LogLevel
-from .top.words import printable
+from .printable import printable
 
 FIRST_KEYS = ("timestamp", "level", "event", "logger", "source", "worker", "seq", "epoch")
 """These keys come first, where a line has them."""

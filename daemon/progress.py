@@ -6,7 +6,7 @@ import msgspec
 
 from kvcensus.backends.model import Cursor
 
-from .followed import now_ms
+from .followed import Followed, now_ms
 from .status import Trust
 from .streams.verdicts import fingerprint
 
@@ -14,6 +14,14 @@ from .streams.verdicts import fingerprint
 def never_followed(cursor: Cursor) -> Cursor:
     """The cursor of a stream whose blocks go with it: should it outlive them, it must not say that they are there."""
     return Cursor(stream=cursor.stream, epoch=0, seq=-1, source=cursor.source)
+
+
+class Batched(dict[Followed, "Progress"]):
+    """By stream, what a batch makes of its cursor; of one that is new to the batch, what is committed."""
+
+    def __missing__(self, stream: Followed) -> Progress:
+        progress = self[stream] = Progress(stream.cursor)
+        return progress
 
 
 class Progress:

@@ -26,7 +26,7 @@ from kvcensus.translators.translation import Rejection
 
 from .counters import DropCause, QuarantineCounters
 from .logs import get_logger
-from .top.words import printable
+from .printable import printable
 
 if TYPE_CHECKING:
     from .followed import Followed

@@ -22,7 +22,7 @@ from .counters import WriterCounters
 from .followed import Followed, now_ms
 from .frame_queue import Advance, Barrier, FrameQueue, Item, Refuse
 from .logs import get_logger
-from .progress import Progress, never_followed
+from .progress import Batched, Progress, never_followed
 from .quarantine import Quarantine
 from .shadow import Shadow
 from .status import Trust
@@ -66,7 +66,7 @@ class Writer(threading.Thread):
         self._options = options
         self._abandon = False
         self._operations: list[Operation] = []
-        self._progress: dict[Followed, Progress] = {}
+        self._progress = Batched()
         self._retired: list[Followed] = []
         self._barriers: list[Barrier] = []
         self._blocks = 0
@@ -165,23 +165,17 @@ class Writer(threading.Thread):
         elif isinstance(what, Retire):
             self._retire(stream)
         elif isinstance(what, Advance):
-            progress = self._progress_of(stream)
+            progress = self._progress[stream]
             progress.seq, progress.life = what.position, what.life
         elif isinstance(what, Refuse):
-            self._reject(stream, self._progress_of(stream), what.seq, what.payload, what.rejection)
-
-    def _progress_of(self, stream: Followed) -> Progress:
-        progress = self._progress.get(stream)
-        if progress is None:
-            progress = self._progress[stream] = Progress(stream.cursor)
-        return progress
+            self._reject(stream, self._progress[stream], what.seq, what.payload, what.rejection)
 
     def _clear(self, progress: Progress) -> None:
         if progress.worker_id:
             self._operations.append(ClearBlocks(progress.worker_id))
 
     def _begin_epoch(self, stream: Followed, new: NewEpoch) -> None:
-        progress = self._progress_of(stream)
+        progress = self._progress[stream]
         self._clear(progress)
         progress.epoch, progress.seq, progress.payload, progress.fingerprint = new.epoch, -1, None, b""
         progress.life = new.life
@@ -189,7 +183,7 @@ class Writer(threading.Thread):
         progress.set_trust(Trust.FRESH, "")
 
     def _fence(self, stream: Followed, fence: Fence) -> None:
-        progress = self._progress_of(stream)
+        progress = self._progress[stream]
         if not stream.keeps_fenced:
             self._clear(progress)
         if fence.seq != progress.seq:
@@ -197,7 +191,8 @@ class Writer(threading.Thread):
         progress.set_trust(Trust.UNTRUSTED, fence.reason)
 
     def _retire(self, stream: Followed) -> None:
-        progress = self._progress.pop(stream, None) or Progress(stream.cursor)
+        progress = self._progress[stream]
+        del self._progress[stream]
         self._clear(progress)
         self._retired.append(stream)
 
@@ -207,7 +202,7 @@ class Writer(threading.Thread):
         return [never_followed(stream.cursor) for stream in dict.fromkeys(self._retired) if stream.stream not in again]
 
     def _apply(self, stream: Followed, message: Apply) -> None:
-        progress = self._progress.get(stream) or self._progress_of(stream)
+        progress = self._progress[stream]
         payloads = message.payloads
         together = stream.translator.translate_all(payloads, progress.facts) if progress.worker_id else None
         if together is not None and together.translation.rank == progress.rank:
@@ -327,7 +322,7 @@ class Writer(threading.Thread):
             self._shadow.follow(self._operations, list(cursors.values()), gone)
             self._shadow.compare(self._backend)
         self._operations = []
-        self._progress = {}
+        self._progress = Batched()
         self._retired = []
         self._barriers = []
         self._blocks = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from ..top.words import printable
+from ..printable import printable
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+ s)?")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..top.words import printable
+from ..printable import printable
 from .asking import Daemon, http_option
 from .ending import Failure
 

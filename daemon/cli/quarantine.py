@@ -18,8 +18,8 @@ from kvcensus.translators.translation import RejectReason, Translator, Translato
 
 from ..config import Config, ConfigError, NatsConfig, SourceConfig, load_config
 from ..engines import translator_of
+from ..printable import printable
 from ..quarantine import WHOLE_PAYLOAD, Entry, KeptEntries, QuarantineError
-from ..top.words import printable
 from ..unpacked import unpacked
 from .columns import columns
 from .ending import EXIT_CONFIG, EXIT_IO, EXIT_UNAVAILABLE, Failure

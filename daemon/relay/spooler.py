@@ -13,7 +13,7 @@ from kvcensus.backends.model import Cursor
 from ..followed import Followed, FollowedStream, now_ms
 from ..frame_queue import Barrier, FrameQueue, Item
 from ..logs import get_logger
-from ..progress import Progress
+from ..progress import Batched, Progress
 from ..streams.delivery import Control
 from ..streams.verdicts import Apply, Fence, NewEpoch
 from .convention import Address
@@ -61,7 +61,7 @@ class Spooler(threading.Thread):
         self._abandon = False
         self._records: list[Record] = []
         self._bytes = 0
-        self._progress: dict[Followed, Progress] = {}
+        self._progress = Batched()
         self._barriers: list[Barrier] = []
         self._unsaid: dict[tuple[str, DropCause], Loss] = {}
         self._said_s = 0.0
@@ -116,13 +116,13 @@ class Spooler(threading.Thread):
         if isinstance(what, Barrier):
             self._barriers.append(what)
             return
-        progress = self._progress_of(stream)
+        progress = self._progress[stream]
         if isinstance(what, Apply):
             self._streams[stream.stream].counters.spooled += len(what.payloads)
             for seq, payload in enumerate(what.payloads, what.seq):
                 if self._is_much() and not self._abandon:  # A burst may be larger than the file.
                     self._commit()
-                    progress = self._progress_of(stream)
+                    progress = self._progress[stream]
                 progress.seq, progress.payload = seq, payload
                 progress.messages += 1
                 self._add(stream, progress, Control.NONE, payload)
@@ -137,12 +137,6 @@ class Spooler(threading.Thread):
 
     def _is_much(self) -> bool:
         return len(self._records) >= _COMMIT_MAX_RECORDS or self._bytes >= _COMMIT_MAX_BYTES
-
-    def _progress_of(self, stream: Followed) -> Progress:
-        progress = self._progress.get(stream)
-        if progress is None:
-            progress = self._progress[stream] = Progress(stream.cursor)
-        return progress
 
     def _add(self, stream: Followed, progress: Progress, control: Control, payload: bytes = b"") -> None:
         address = self._streams[stream.stream].address
@@ -162,7 +156,7 @@ class Spooler(threading.Thread):
             barrier.committed.set()
         if self._records:
             self._committed()
-        self._records, self._bytes, self._progress, self._barriers = [], 0, {}, []
+        self._records, self._bytes, self._progress, self._barriers = [], 0, Batched(), []
 
     def _write(self, cursors: list[Cursor], acknowledged: tuple[int, Mapping[str, Position]]) -> bool:
         """Commit, making room for as long as it takes. False when told to stop meanwhile."""

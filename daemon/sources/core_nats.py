@@ -143,12 +143,8 @@ class CoreBus(NatsBus):
             outlet.end_burst()
         if outlet.waiting_messages >= self._most_messages or outlet.waiting_bytes >= self._most_bytes:
             return False
-        plain = self.plain.open(subject, headers)
-        if plain is None:
+        if not self.take_plain(subject, headers, payload):
             return False
-        self.bus.counters.messages += 1
-        self.bus.counters.bytes += len(payload)
-        outlet.add_message(*plain, payload)
         self._arrived.set()
         return True
 

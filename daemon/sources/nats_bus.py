@@ -128,7 +128,7 @@ class NatsBus:
         self.bus = bus
         self.config = config
         self.outlet = Outlet(queue, bus)
-        self.plain = PlainMessages()
+        self._plain = PlainMessages()
         self._connector = NatsConnector(config.connection, f"kvcensus {config.name}")
         self._backoff = Backoff(config.connection)
         self._drop_logged_s = 0.0
@@ -194,18 +194,25 @@ class NatsBus:
     def take(self, message: Message) -> None:
         """One message: what it comes to goes to the outlet."""
         bus, payload = self.bus, message.data
-        size = len(payload)
-        bus.counters.messages += 1
-        bus.counters.bytes += size
         settings, headers = bus.settings, message.headers
         subject, raw = message.subject.encode(), headers.raw if isinstance(headers, Headers) else b""
-        plain = self.plain.open(subject, raw)
-        if plain is not None:
-            self.outlet.add_message(*plain, payload)
+        if self.take_plain(subject, raw, payload):
             return
+        bus.counters.messages += 1
+        bus.counters.bytes += len(payload)
         opening = open_message(settings.type, settings.worker_prefix, message.subject, headers, payload)
         self.outlet.add(lambda: bus.take(opening, payload))
-        self.plain.note(subject, raw, opening)
+        self._plain.note(subject, raw, opening)
+
+    def take_plain(self, subject: bytes, headers: bytes, payload: bytes) -> bool:
+        """One message, if it is as earlier ones of its worker. False: it was not taken."""
+        plain = self._plain.open(subject, headers)
+        if plain is None:
+            return False
+        self.bus.counters.messages += 1
+        self.bus.counters.bytes += len(payload)
+        self.outlet.add_message(*plain, payload)
+        return True
 
     def hears(self, signs: bool) -> None:
         """Whether signs of life can come."""

@@ -136,15 +136,17 @@ class Bus:
     def connected(self, now_ms: int) -> None:
         """The bus is there. Leases begin anew: a silence was ours."""
         self._connected = self._was_connected = True
-        for worker in self.workers.values():
-            worker.life_at_ms = now_ms
+        self._begin_leases(now_ms)
 
     def hears(self, signs: bool, now_ms: int) -> None:
         """Whether signs of life can arrive: while they cannot, that there are none says nothing."""
         if signs and not self._hears:
-            for worker in self.workers.values():
-                worker.life_at_ms = now_ms
+            self._begin_leases(now_ms)
         self._hears = signs
+
+    def _begin_leases(self, now_ms: int) -> None:
+        for worker in self.workers.values():
+            worker.life_at_ms = now_ms
 
     def disconnected(self) -> None:
         """The bus is gone. What it does not keep is lost, whether or not there was anything."""

@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 
 from rich.text import Text
 
+from ..printable import printable
 from ..status import BusStatus, Trust
 from .rates import Rates
 from .rows import STYLES, SYMBOLS, trust_words
 from .sample import Sample
-from .words import count, duration, printable, share, size
+from .words import count, duration, share, size
 
 _LABEL = 14
 

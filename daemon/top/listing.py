@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.text import Text
 from textual.widgets import DataTable
 
+from ..printable import printable
 from .rows import Column, Row, chosen, ordered
-from .words import printable
 
 
 class Listing(DataTable[Text]):

@@ -15,13 +15,14 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Footer, Input, Static, TabbedContent, TabPane
 
+from ..printable import printable
 from .details import backend_lines, bus_lines, headline, labelled, worker_lines
 from .listing import Listing
 from .looking import Look, Unreachable
 from .rates import Rates, rates_between
 from .rows import BUSES, STREAMS, SYMBOLS, WORKERS, bus_rows, stream_rows, worker_rows
 from .sample import Sample
-from .words import duration, printable
+from .words import duration
 
 _KEYS = [
     ("1 2 3 4", "workers, streams, backend, buses"),

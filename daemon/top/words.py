@@ -7,13 +7,6 @@ _UNITS = ("", "k", "M", "G", "T")
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def printable(text: str) -> str:
-    """Others' words, with escapes for what a terminal would obey and a table could not hold."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
 def count(number: float | None) -> str:
     """At most five characters, as in 950, 12.3k, 1.20M; - for None."""
     if number is None:

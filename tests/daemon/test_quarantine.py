@@ -25,6 +25,7 @@ from kvcensus.daemon.config import Config, InvalidValue, QuarantineConfig
 from kvcensus.daemon.counters import DropCause
 from kvcensus.daemon.followed import FollowedStream
 from kvcensus.daemon.frame_queue import Burst, FrameQueue
+from kvcensus.daemon.printable import printable
 from kvcensus.daemon.quarantine import (
     QUARANTINE_FILE,
     WHOLE_PAYLOAD,
@@ -32,7 +33,6 @@ from kvcensus.daemon.quarantine import (
     Quarantine,
     QuarantineError,
     QuarantineLimits,
-    printable,
 )
 from kvcensus.daemon.service import Service
 from kvcensus.daemon.streams.state import StreamLimits

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
+import pytest
 import zmq
 
 from kvcensus.backends.lmdb import LmdbBackend
@@ -14,85 +17,82 @@ from kvcensus.daemon.config import Config, NatsConfig, NatsServers, SourceConfig
 from kvcensus.daemon.progress import never_followed
 from kvcensus.daemon.service import Service
 
-from ..nats_servers import nats_server, talking
+from ..nats_servers import Talk, nats_server, talking
 from .nats_following import STREAM, Relay, payload, wait_until
+
+
+class Both(NamedTuple):
+    """A worker `w` that can be followed in two ways: an engine of its own, and a stream of a bus with blocks 0 to 4."""
+
+    source: SourceConfig
+    bus: NatsConfig
+    talk: Talk
+    engine: zmq.Socket[bytes]
+
+    def is_heard_by(self, service: Service, seq: int) -> bool:
+        """Let the engine store another block from 100 on, and say whether the index has one."""
+        self.engine.send_multipart([b"", seq.to_bytes(8, "big"), payload(100 + seq)])
+        return max(held(service), default=0) >= 100
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Iterator[Both]:
+    with (
+        nats_server(tmp_path / "nats") as server,
+        talking(server.url) as talk,
+        zmq.Context() as context,
+        context.socket(zmq.PUB) as engine,
+    ):
+        talk.add_stream(STREAM, ["kvevents.>"])
+        Relay(talk, durable=True).send(*range(5))
+        endpoint = f"tcp://127.0.0.1:{engine.bind_to_random_port('tcp://127.0.0.1')}"
+        servers = NatsServers(servers=(server.url,))
+        bus = NatsConfig(name="bus", type=SourceType.VLLM, stream=STREAM, connection=servers)
+        yield Both(SourceConfig(name="w", endpoint=endpoint), bus, talk, engine)
 
 
 def held(service: Service) -> set[int]:
     return {int.from_bytes(one.key.block_hash, "big") for one in service.backend.snapshot()}
 
 
-def test_a_worker_goes_from_a_source_to_a_bus_and_back(tmp_path: Path) -> None:
-    with (
-        nats_server(tmp_path / "nats") as server,
-        talking(server.url) as talk,
-        zmq.Context() as context,
-        context.socket(zmq.PUB) as engine,
-    ):
-        talk.add_stream(STREAM, ["kvevents.>"])
-        Relay(talk, durable=True).send(*range(5))
-        endpoint = f"tcp://127.0.0.1:{engine.bind_to_random_port('tcp://127.0.0.1')}"
-        source = SourceConfig(name="w", endpoint=endpoint)
-        bus = NatsConfig(name="bus", type=SourceType.VLLM, stream=STREAM, connection=NatsServers(servers=(server.url,)))
-        alone = Config(data_dir=str(tmp_path / "index"), backend="lmdb", sources=(source,))
-        relayed = msgspec.structs.replace(alone, sources=(), nats=(bus,))
-        service = Service(alone)
-        service.start()
-        numbers = count()
-
-        def hears_the_engine() -> bool:
-            seq = next(numbers)
-            engine.send_multipart([b"", seq.to_bytes(8, "big"), payload(100 + seq)])
-            return max(held(service), default=0) >= 100
-
-        try:
-            for _ in range(3):
-                wait_until(hears_the_engine, "the engine is followed")
-                service.reload(relayed)
-                wait_until(lambda: [one.status().position for one in service.buses()] == [5], "the bus is read")
-                assert held(service) == set(range(5))
-                assert service.backend.cursors()["w"].source == "bus"
-                service.reload(alone)
-                assert not held(service) & set(range(5))
-        finally:
-            service.stop(10)
-
-
-def test_a_new_source_takes_its_worker_from_a_bus_that_stays(tmp_path: Path) -> None:
-    with (
-        nats_server(tmp_path / "nats") as server,
-        talking(server.url) as talk,
-        zmq.Context() as context,
-        context.socket(zmq.PUB) as engine,
-    ):
-        talk.add_stream(STREAM, ["kvevents.>"])
-        Relay(talk, durable=True).send(*range(5))
-        endpoint = f"tcp://127.0.0.1:{engine.bind_to_random_port('tcp://127.0.0.1')}"
-        bus = NatsConfig(name="bus", type=SourceType.VLLM, stream=STREAM, connection=NatsServers(servers=(server.url,)))
-        relayed = Config(data_dir=str(tmp_path / "index"), backend="lmdb", nats=(bus,))
-        service = Service(relayed)
-        service.start()
-        numbers = count(100)
-
-        def hears_the_engine() -> bool:
-            seq = next(numbers)
-            engine.send_multipart([b"", seq.to_bytes(8, "big"), payload(seq)])
-            return max(held(service), default=0) >= 100
-
-        try:
-            wait_until(lambda: held(service) == set(range(5)), "the bus is read")
-            service.reload(msgspec.structs.replace(relayed, sources=(SourceConfig(name="w", endpoint=endpoint),)))
-            assert [(one.stream, one.source) for one in service.statuses()] == [("w", "w")]
-            wait_until(hears_the_engine, "the engine is followed")
+def test_a_worker_goes_from_a_source_to_a_bus_and_back(tmp_path: Path, both: Both) -> None:
+    alone = Config(data_dir=str(tmp_path / "index"), backend="lmdb", sources=(both.source,))
+    relayed = msgspec.structs.replace(alone, sources=(), nats=(both.bus,))
+    service = Service(alone)
+    service.start()
+    numbers = count()
+    try:
+        for _ in range(3):
+            wait_until(lambda: both.is_heard_by(service, next(numbers)), "the engine is followed")
+            service.reload(relayed)
+            wait_until(lambda: [one.status().position for one in service.buses()] == [5], "the bus is read")
+            assert held(service) == set(range(5))
+            assert service.backend.cursors()["w"].source == "bus"
+            service.reload(alone)
             assert not held(service) & set(range(5))
-            other = Relay(talk, "other", durable=True)
-            Relay(talk, durable=True).send(5)
-            other.send(7)
-            wait_until(lambda: 7 in held(service), "the bus is followed")
-            assert 5 not in held(service)
-            assert service.backend.cursors()["w"].source == "w"
-        finally:
-            service.stop(10)
+    finally:
+        service.stop(10)
+
+
+def test_a_new_source_takes_its_worker_from_a_bus_that_stays(tmp_path: Path, both: Both) -> None:
+    relayed = Config(data_dir=str(tmp_path / "index"), backend="lmdb", nats=(both.bus,))
+    service = Service(relayed)
+    service.start()
+    numbers = count(100)
+    try:
+        wait_until(lambda: held(service) == set(range(5)), "the bus is read")
+        service.reload(msgspec.structs.replace(relayed, sources=(both.source,)))
+        assert [(one.stream, one.source) for one in service.statuses()] == [("w", "w")]
+        wait_until(lambda: both.is_heard_by(service, next(numbers)), "the engine is followed")
+        assert not held(service) & set(range(5))
+        other = Relay(both.talk, "other", durable=True)
+        Relay(both.talk, durable=True).send(5)
+        other.send(7)
+        wait_until(lambda: 7 in held(service), "the bus is followed")
+        assert 5 not in held(service)
+        assert service.backend.cursors()["w"].source == "w"
+    finally:
+        service.stop(10)
 
 
 def test_a_worker_that_left_its_bus_stays_away_though_the_process_ended_before_it_was_forgotten(tmp_path: Path) -> None:
