@@ -87,8 +87,8 @@ MUTANTS = (
     Mutant(
         "a new epoch does not clear the worker",
         "daemon/writer.py",
-        "        progress = self._progress_of(stream)\n        self._clear(progress)\n",
-        "        progress = self._progress_of(stream)\n",
+        "        progress = self._progress[stream]\n        self._clear(progress)\n",
+        "        progress = self._progress[stream]\n",
         WRITER,
     ),
     Mutant(
